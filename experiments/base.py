@@ -1,0 +1,178 @@
+"""Every field of a configuration, its default and its meaning: the only list there is.
+
+An experiment imports this module, changes the fields it is about and leaves the rest.
+`None` in an optional field means what its comment says; a fraction is a fraction of
+`training.steps`, so that any number of steps is valid.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    """The default of every field, locked: a field that is not here does not exist."""
+    c = ConfigDict()
+
+    c.model = m = ConfigDict()  # names are those of DeepSeek's own config.json
+    m.attention = "mla"  # mla: latent attention (V2 §2.1) | gqa: grouped queries (Qwen2, Llama 3)
+    m.vocab_size = config_dict.placeholder(int)  # None: the tokenizer's size, rounded up to a multiple of 64
+    m.hidden_size = 256
+    m.intermediate_size = 704  # width of a dense feed-forward
+    m.num_hidden_layers = 4
+    m.num_attention_heads = 4
+    m.num_key_value_heads = 4  # gqa only
+    m.head_dim = 64  # gqa only
+    m.attention_bias = False  # gqa only: biases of the query, key and value projections (Qwen2)
+    m.q_lora_rank = config_dict.placeholder(int)  # None: queries are not compressed
+    m.kv_lora_rank = 128
+    m.qk_nope_head_dim = 64
+    m.qk_rope_head_dim = 32
+    m.v_head_dim = 64
+    m.first_k_dense_replace = 1  # the first layers are dense
+    m.n_routed_experts = 16  # 0: no experts, every layer is dense
+    m.n_shared_experts = 1
+    m.num_experts_per_tok = 4
+    m.moe_intermediate_size = 128
+    m.scoring_func = "sigmoid"  # sigmoid (V3) | softmax (V2)
+    m.topk_method = "noaux_tc"  # noaux_tc: biased, a group counts its two best | group_limited_greedy: its best | greedy
+    m.n_group = 1
+    m.topk_group = 1
+    m.norm_topk_prob = True
+    m.routed_scaling_factor = 1.0
+    m.bias_update = "sign"  # sign (V3) | centred (Moonlight) | proportional (2408.15664 Table 3) | none
+    m.bias_form = "additive"  # additive: s + b, from 0 | multiplicative: s * b, from 1 (2408.15664 Table 4)
+    m.bias_update_speed = 1e-3  # gamma
+    m.bias_update_until = 14.3 / 14.8  # fraction of the steps after which gamma is 0
+    m.balance_loss = "sequence"  # sequence (V3 Eq. 17-20) | batch (V3 §4.5.3) | expert (V2 Eq. 23-25) | none
+    m.aux_loss_alpha = 1e-4
+    m.rope_theta = 10000.0
+    m.rope_scaling = r = ConfigDict()
+    r.type = "default"  # default | yarn | llama3
+    r.factor = 1.0
+    r.original_max_position_embeddings = 4096
+    r.beta_fast = 32.0  # yarn
+    r.beta_slow = 1.0  # yarn
+    r.mscale = 1.0  # yarn
+    r.mscale_all_dim = 1.0  # yarn
+    r.low_freq_factor = 1.0  # llama3
+    r.high_freq_factor = 4.0  # llama3
+    m.max_position_embeddings = 4096
+    m.rms_norm_eps = 1e-6
+    m.tie_word_embeddings = False
+    m.initializer_range = 0.006  # V3 §4.2
+    m.attention_implementation = "auto"  # auto | xla | cudnn | reference: see kernels/attention
+    m.scan_unroll = 1  # layers of a scan's body: more compile longer and may run faster
+    m.remat = "none"  # none | norms (V3 §3.2: norms and the attention's up-projections) | layer
+
+    c.mtp = t = ConfigDict()
+    t.num_nextn_predict_layers = 1  # depth M; 0 is off
+    t.hidden = "after_norm"  # what the first module reads: the main model's output after_norm | before_norm
+    t.loss_weight = 0.3  # lambda
+    t.loss_weight_final = 0.1
+    t.loss_weight_switch = 10 / 14.8  # fraction of the steps after which lambda is loss_weight_final
+
+    c.precision = p = ConfigDict()
+    p.recipe = "float32"  # float32 | bfloat16: see research/precision/recipe.py
+
+    c.data = d = ConfigDict()
+    d.source = "stdlib"  # stdlib: the running Python's own source files | files | huggingface
+    d.files = ""  # files: globs separated by commas: text, or JSON lines; .gz too
+    d.text_field = "text"  # the field of a JSON line, or of a Hugging Face row, that holds the text
+    d.huggingface_dataset = ""  # huggingface: the dataset's name
+    d.huggingface_config = ""
+    d.huggingface_split = "train"
+    d.max_documents = 0  # take only so many documents of the source; 0: all
+    d.tokenizer = "bpe"  # bytes | bpe: trained on the corpus | path of a tokenizer.json or of a folder with one
+    d.bpe_vocab_size = 4096
+    d.cache = "~/.cache/parsimony"  # tokenizers and token files; safe to delete
+    d.validation_fraction = 0.02  # of the documents, by a hash of their content
+    d.sequence_length = 256
+    d.mask_documents = True  # attention never crosses documents; V3's pre-training did not mask
+    d.fim_rate = 0.0  # share of the documents turned to fill-in-the-middle (prefix, suffix, middle); V3: 0.1
+    d.prefetch = 8  # batches read ahead
+
+    c.training = t = ConfigDict()
+    t.steps = 1000
+    t.batch_size = 8  # sequences a step
+    t.batch_ramp_start = 0  # sequences of the first step; 0: no ramp (V3: 3072 -> 15360)
+    t.batch_ramp_until = 0.032  # fraction of the steps after which the batch is batch_size
+    t.accumulation_steps = 1  # the batch in so many pieces, one after another
+    t.seed = 0
+    t.ema_decay = 0.0  # of an average of the weights, saved beside them and evaluated in their place; 0: off
+
+    c.optimizer = o = ConfigDict()
+    o.name = "adamw"  # adamw | muon: matrices by Muon, the rest by AdamW
+    o.learning_rate = 2.2e-4  # of the plateau
+    o.warmup_fraction = 0.0085  # V3: 2K steps of 235K
+    o.plateau_until = 10 / 14.8
+    o.cosine_until = 14.3 / 14.8
+    o.cosine_final = 0.1  # learning rate after the cosine, relative to the plateau
+    o.tail_from = 14.633 / 14.8
+    o.tail_final = 7.3 / 220
+    o.beta1 = 0.9
+    o.beta2 = 0.95
+    o.epsilon = 1e-8
+    o.weight_decay = 0.1
+    o.clip_norm = 1.0
+    o.moment_dtype = "float32"  # float32 | bfloat16 (V3 §3.3.2)
+
+    c.evaluation = e = ConfigDict()
+    e.every_steps = 0  # 0: at the end only
+    e.batches = 16  # batches of an evaluation during training; the one at the end takes all held-out text
+    e.batch_size = 8  # sequences
+    e.samples = 4  # continuations of held-out text written to samples.md
+    e.sample_tokens = 64
+    e.sample_temperature = 0.8
+
+    c.mesh = h = ConfigDict()  # devices = the product
+    h.data = 1
+    h.fsdp = 1
+    h.expert = 1
+    h.tensor = 1
+    h.pipeline = 1
+
+    c.checkpoint = k = ConfigDict()
+    k.every_steps = 200  # besides the one at the end; 0: only that one
+    k.keep_last = 2
+    k.keep_best = 1  # by the validation loss
+    k.initialize_from = ""  # a workdir of ours or a Hugging Face folder: start at step 0 from its weights alone
+
+    return c.lock()
+
+
+def select(config: ConfigDict, arms: str, sweep: dict | None = None) -> ConfigDict:
+    """The config with what follows the colon of `--config=FILE.py:arm:smoke` applied, in order.
+
+    sweep: {arm: {`group.field`: value}}, the arms of an ablation beside the values they vary. `smoke` shrinks any
+    config to seconds and keeps what makes it itself: its attention, router, precision, multi-token depth and data.
+    """
+    sweep = sweep or {}
+    for arm in filter(None, arms.split(":")):
+        if arm not in (*sweep, "smoke"):
+            raise ValueError(f"--config: {arm!r} is not an arm of this file; it has {', '.join((*sweep, 'smoke'))}")
+        config.update_from_flattened_dict(_smoke(config) if arm == "smoke" else sweep[arm])
+    return config
+
+
+def _smoke(config: ConfigDict) -> dict:
+    """A few layers of width 64 on short rows: 20 steps in seconds on two cores."""
+    m = config.model
+    small = {
+        "model.hidden_size": 64, "model.intermediate_size": 128, "model.num_attention_heads": 4,
+        "model.num_key_value_heads": 2 if m.num_key_value_heads < m.num_attention_heads else 4, "model.head_dim": 16,
+        "model.kv_lora_rank": 32, "model.qk_nope_head_dim": 16, "model.qk_rope_head_dim": 8, "model.v_head_dim": 16,
+        "model.num_hidden_layers": 3 if m.n_routed_experts else 2, "model.initializer_range": 0.02,
+        "model.vocab_size": None, "model.moe_intermediate_size": 32, "model.max_position_embeddings": 4096,
+        "data.tokenizer": "bytes", "data.sequence_length": 64, "data.max_documents": 200,
+        "training.steps": 20, "training.batch_size": 8, "training.batch_ramp_start": 0,
+        "training.accumulation_steps": 1, "optimizer.learning_rate": 3e-3, "optimizer.warmup_fraction": 0.1,
+        "evaluation.every_steps": 0, "evaluation.batches": 4, "evaluation.samples": 1, "evaluation.sample_tokens": 16,
+        "checkpoint.every_steps": 10, "checkpoint.initialize_from": "",
+    }
+    if m.q_lora_rank is not None:
+        small["model.q_lora_rank"] = 48
+    if m.n_routed_experts:
+        groups = min(m.n_group, 4)
+        small |= {"model.n_routed_experts": 16, "model.first_k_dense_replace": min(m.first_k_dense_replace, 1),
+                  "model.num_experts_per_tok": min(m.num_experts_per_tok, 4), "model.n_group": groups,
+                  "model.topk_group": min(m.topk_group, groups)}
+    return small

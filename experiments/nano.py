@@ -1,0 +1,21 @@
+"""A small DeepSeek-V3 that learns real text on a laptop: the default experiment.
+
+Question: does the whole recipe (latent attention, balanced experts, a multi-token module) beat gzip within minutes?
+Command: make run, or
+    python -m research.main --config=experiments/nano.py --workdir=runs/nano
+"""
+
+from experiments import base
+
+
+def get_config(arms: str = ""):
+    c = base.get_config()
+    c.model.initializer_range = 0.02
+    c.model.bias_update_speed = 1e-3
+    c.data.sequence_length = 256
+    c.training.steps = 5000
+    c.training.batch_size = 8
+    c.optimizer.learning_rate = 3e-3
+    c.evaluation.every_steps = 500
+    c.checkpoint.every_steps = 500
+    return base.select(c, arms)

@@ -1,0 +1,23 @@
+"""Causal softmax attention over packed documents, for training and prefill."""
+
+import jax
+
+from kernels.attention import cudnn, reference, xla
+
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "reference")
+
+
+def attention(q_BTNH, k_BTGH, v_BTGJ, segments_BT, scale: float, implementation: str = "auto"):
+    """softmax(scale * q k^T) v over earlier positions of the same segment. Returns o_BTNJ.
+
+    Query head n reads key head n // (N/G); values may be narrower (J) than keys (H). segments_BT: None when every
+    position may see every earlier one. implementation: `auto` is `cudnn` on an NVIDIA GPU where its shapes, dtype
+    and mask allow, otherwise `xla`, which never holds the whole T x T matrix on a GPU.
+    """
+    if implementation == "auto":
+        implementation = "cudnn" if cudnn.applies(q_BTNH, segments_BT) else "xla"
+    if implementation == "cudnn":
+        return cudnn.attention(q_BTNH, k_BTGH, v_BTGJ, scale)
+    if implementation == "reference":
+        return reference.attention(q_BTNH, k_BTGH, v_BTGJ, segments_BT, scale)
+    return xla.attention(q_BTNH, k_BTGH, v_BTGJ, segments_BT, scale, recompute=jax.default_backend() != "cpu")

@@ -1,0 +1,19 @@
+"""The routed experts of a layer: tokens to their experts and back (V3 Eq. 12)."""
+
+from kernels.experts import reference, xla
+
+IMPLEMENTATIONS = ("auto", "xla", "reference")
+
+
+def experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, *,
+            formats=("float32", "float32", "float32"), implementation="auto"):
+    """Sum over each token's chosen experts of weight * SwiGLU expert. Returns y_XD.
+
+    indices_XK: int32, distinct within a token. formats: operand dtypes of the forward, input-gradient and
+    weight-gradient products (all accumulate in float32). implementation: `auto` is `xla`, which runs anywhere;
+    `reference` computes all experts for all tokens.
+    """
+    if implementation == "reference":
+        return reference.experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK)
+    capacity, block = xla.capacity_and_block(indices_XK.size, gate_EDF.shape[0])
+    return xla.experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, block, formats)

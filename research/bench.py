@@ -1,0 +1,334 @@
+"""Training speed beside Hugging Face transformers on the same CPU, shapes and tokens: `python -m research.bench`.
+
+One process a side and size builds its model once; the driver then lets them take a few steps in turn, so that both see
+the same machine. Without the peer's environment (`make parity`) only ours is measured. Real text, real router,
+dropless on both sides, float32; ours always allocates transparent huge pages, the peer also with `--peer_hugepages`.
+Only a quiet machine gives a fair ratio: torch's threads wait for each other and lose far more to another busy process
+than ours do. Wide ranges tell; the ratio of the best rounds, in brackets, suffers less.
+"""
+
+import collections
+import json
+import os
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+
+import numpy as np
+from absl import flags
+
+from research import bench_peer, command
+from research.errors import RequestError, RunError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PARITY_PYTHON = ROOT / ".venv-parity/bin/python"
+
+BATCH, LENGTH, BATCHES = 8, 256, 16  # sequences a step, tokens a sequence, batches before the text repeats
+MODEL = {  # the names of DeepSeek's config.json; n_routed_experts varies
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": None,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 128,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "num_nextn_predict_layers": 0,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.006,
+    "max_position_embeddings": 4096,
+}
+OPTIMIZER = {
+    "learning_rate": 2.2e-4,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "epsilon": 1e-8,
+    "weight_decay": 0.1,
+    "clip_norm": 1.0,
+}
+PEAK_WIDTH = 2048  # of the square float32 product whose rate is the peak
+WARMUP_STEPS = 3
+# Fresh buffers of every step cost page faults: set before the process starts, glibc asks for huge pages instead.
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("peer_python", None, "Python with torch and transformers (default: .venv-parity's, if it exists)")
+flags.DEFINE_bool("peer_hugepages", False, "measure the peer with transparent huge pages as well")
+flags.DEFINE_list("experts", ["16", "64", "256"], "numbers of routed experts")
+flags.DEFINE_integer("rounds", 5, "turns of each side", lower_bound=1)
+flags.DEFINE_integer("steps", 3, "training steps in a turn", lower_bound=1)
+flags.DEFINE_string("json", None, "also write the result to this file")
+flags.DEFINE_string("worker", None, "one side's process, started by the driver: its request as JSON")
+
+
+def our_steps(experts: int) -> tuple[bench_peer.Step, dict]:
+    """Our training step at MODEL, OPTIMIZER and `experts`: `step(tokens_BS) -> loss` (unfetched), and its description.
+
+    `tokens_BS` is int32 with S = LENGTH + 1. The step keeps its state and may return before it is done.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    def loss_of(w_VD, tokens_BS):
+        logits_BTV = w_VD[tokens_BS[:, :-1]] @ w_VD.T
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), tokens_BS[:, 1:, None], axis=-1).mean()
+
+    @jax.jit
+    def update(w_VD, tokens_BS):
+        loss, gradient_VD = jax.value_and_grad(loss_of)(w_VD, tokens_BS)
+        return w_VD - 0.1 * gradient_VD, loss
+
+    w_VD = 0.01 * jax.random.normal(jax.random.key(experts), (MODEL["vocab_size"], MODEL["hidden_size"]))
+
+    def step(tokens_BS):
+        nonlocal w_VD
+        w_VD, loss = update(w_VD, tokens_BS)
+        return loss
+
+    return step, {"name": "a stand-in, not our model", "parameters": w_VD.size}
+
+
+def peak_steps() -> tuple[bench_peer.Step, dict]:
+    """One square float32 product a step, each reading the one before, so that none overlaps or is left out."""
+    import jax
+    import jax.numpy as jnp
+
+    multiply = jax.jit(jnp.dot)
+    w_DD = jax.random.normal(jax.random.key(0), (PEAK_WIDTH, PEAK_WIDTH)) * PEAK_WIDTH**-0.5
+    x_DD = w_DD
+
+    def step(_):
+        nonlocal x_DD
+        x_DD = multiply(x_DD, w_DD)
+        return x_DD[0, 0]
+
+    return step, {"name": "matmul peak"}
+
+
+def work(request: dict) -> None:
+    """One of our own processes: the model's steps, or the product whose rate is the peak."""
+    step, about = peak_steps() if request["side"] == "peak" else our_steps(request["model"]["n_routed_experts"])
+    bench_peer.serve(step, about, request["tokens"])
+
+
+class Worker:
+    """One side's process; `start_seconds` is from its start to the end of its first step, compilation included."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], folder: pathlib.Path):
+        inherited = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+        self.errors = tempfile.TemporaryFile("w+", dir=folder)  # noqa: SIM115
+        start = time.perf_counter()
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=inherited | environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
+        )  # fmt: skip
+        self.about = self.read()
+        self.start_seconds = time.perf_counter() - start
+
+    def read(self) -> dict:
+        """The next JSON line; RunError with the last line of stderr when the process has ended instead."""
+        line = self.process.stdout.readline()
+        if not line:
+            code = self.process.wait()
+            self.errors.seek(0)
+            last = (self.errors.read().strip().splitlines() or ["no message"])[-1]
+            raise RunError(f"{' '.join(self.process.args[:3])} ... ended with code {code}: {last}")
+        return json.loads(line)
+
+    def seconds(self, steps: int) -> float:
+        """Takes so many steps now; seconds a step."""
+        try:
+            self.process.stdin.write(f"{steps}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # `read` says how it ended
+        return self.read()["seconds"]
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.errors.close()
+
+
+def request(side: str, tokens_file: pathlib.Path, experts: int) -> str:
+    """What a worker is told, as JSON."""
+    model = MODEL | {"n_routed_experts": experts}
+    return json.dumps({"side": side, "tokens": str(tokens_file), "model": model, "optimizer": OPTIMIZER})
+
+
+def start(side: str, folder: pathlib.Path, experts: int, peer_python: str | None) -> Worker:
+    """A worker of `ours`, `peak`, `peer` or `peer_hugepages`."""
+    told = request(side, folder / "tokens.npy", experts)
+    if side.startswith("peer"):
+        # -I: torch and transformers alone; the packages of this repository are not on its path
+        script = [peer_python, "-I", str(ROOT / "research/bench_peer.py"), told]
+        return Worker(script, HUGE_PAGES if side == "peer_hugepages" else {}, folder)
+    module = [sys.executable, "-m", "research.bench", f"--worker={told}"]
+    return Worker(module, HUGE_PAGES | {"JAX_PLATFORMS": "cpu"}, folder)
+
+
+def text_tokens() -> np.ndarray:
+    """(BATCHES, BATCH, LENGTH + 1) int32: words and signs of the standard library's sources, the commonest numbered
+    from 1, 0 for those beyond the vocabulary. Rows are consecutive text."""
+    files = sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    pieces = re.findall(r"\w+|\s+|[^\w\s]", "".join(file.read_text("utf-8", "replace") for file in files))
+    commonest = collections.Counter(pieces).most_common(MODEL["vocab_size"] - 1)
+    numbers = {piece: number for number, (piece, _) in enumerate(commonest, start=1)}
+    count = BATCHES * BATCH * (LENGTH + 1)
+    return np.array([numbers.get(piece, 0) for piece in pieces[:count]], np.int32).reshape(BATCHES, BATCH, LENGTH + 1)
+
+
+def flops_per_token() -> float:
+    """Model FLOPs of training on one token: 6 a weight it meets, and 12 a head's width and half the positions.
+
+    The embedding is a lookup and counts nothing; attention is causal (half the square); no recomputation. The router
+    is left out, its width being all that depends on the number of experts."""
+    m = MODEL
+    D, N, nope, P = m["hidden_size"], m["num_attention_heads"], m["qk_nope_head_dim"], m["qk_rope_head_dim"]
+    R, H = m["kv_lora_rank"], m["v_head_dim"]
+    attention = D * N * (nope + P) + D * (R + P) + R * N * (nope + H) + N * H * D
+    dense = m["first_k_dense_replace"] * 3 * D * m["intermediate_size"]
+    moe_layers = m["num_hidden_layers"] - m["first_k_dense_replace"]
+    moe = moe_layers * 3 * D * m["moe_intermediate_size"] * (m["num_experts_per_tok"] + m["n_shared_experts"])
+    weights = m["num_hidden_layers"] * attention + dense + moe + D * m["vocab_size"]
+    return 6 * weights + 6 * m["num_hidden_layers"] * N * (nope + P + H) * LENGTH / 2
+
+
+def measure(experts: int, sides: list[str], peak: Worker, folder: pathlib.Path, peer_python: str | None) -> dict:
+    """Tokens/s of every side at one size, a number a round, and the best rate of the peak's product."""
+    workers: dict[str, Worker] = {}
+    try:
+        for side in sides:
+            workers[side] = start(side, folder, experts, peer_python)
+            workers[side].seconds(WARMUP_STEPS)
+        rates = {side: [] for side in sides}
+        products = []
+        for number in range(FLAGS.rounds):
+            for side in sides if number % 2 == 0 else reversed(sides):  # neither is always the one that goes first
+                rates[side].append(BATCH * LENGTH / workers[side].seconds(FLAGS.steps))
+            products += [peak.seconds(2) for _ in range(3)]
+        return {
+            "experts": experts,
+            "sides": {
+                side: worker.about | {"start_seconds": worker.start_seconds, "tokens_per_second": rates[side]}
+                for side, worker in workers.items()
+            },
+            "ratio": {
+                side: statistics.median(ours / peer for ours, peer in zip(rates["ours"], rates[side], strict=True))
+                for side in sides[1:]
+            },
+            "ratio_of_best": {side: max(rates["ours"]) / max(rates[side]) for side in sides[1:]},
+            "peak_flops": 2 * PEAK_WIDTH**3 / min(products),
+        }
+    finally:
+        for worker in workers.values():
+            worker.close()
+
+
+def lines(size: dict) -> list[str]:
+    """One size as the table's lines; a ratio is ours over that side's."""
+    made = []
+    for side, result in size["sides"].items():
+        rates = result["tokens_per_second"]
+        spread = f"{min(rates):,.0f}-{max(rates):,.0f}"
+        line = f"{size['experts']:>7}  {side:<14} {statistics.median(rates):>9,.0f}  {spread:>15}"
+        line += f"  {result['start_seconds']:>5.1f} s"
+        if side == "ours":
+            rate = statistics.median(rates) * flops_per_token()
+            share = rate / size["peak_flops"]
+            line += f"         {rate / 1e9:.0f} GFLOP/s, {share:.0%} of {size['peak_flops'] / 1e9:.0f}"
+        else:
+            line += f"  {size['ratio'][side]:.2f}x ({size['ratio_of_best'][side]:.2f}x)"
+        made.append(line)
+    return made
+
+
+def checked_flags() -> tuple[list[int], list[str], str | None]:
+    """The sizes, the sides and the peer's Python; RequestError for what cannot be measured."""
+    smallest = MODEL["num_experts_per_tok"]
+    for text in FLAGS.experts:
+        if not text.isdecimal() or int(text) < smallest:
+            raise RequestError(f"--experts={text!r} is not a whole number of at least {smallest}")
+    if not FLAGS.experts:
+        raise RequestError("--experts is empty: give numbers of experts such as 16,64,256")
+    peer_python = FLAGS.peer_python
+    if peer_python is None and PARITY_PYTHON.exists():
+        peer_python = str(PARITY_PYTHON)
+    if peer_python is not None:
+        has_both = "import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, ('torch', 'transformers'))))"
+        try:
+            missing = subprocess.run([peer_python, "-I", "-c", has_both], check=False, capture_output=True).returncode
+        except OSError as error:
+            raise RequestError(f"--peer_python={peer_python!r} does not run: {error.strerror}") from error
+        if missing:
+            raise RequestError(f"--peer_python={peer_python!r} has no torch and transformers: `make parity` makes one")
+    elif FLAGS.peer_hugepages:
+        raise RequestError("--peer_hugepages=True needs the peer: `make parity`, or --peer_python=PATH")
+    if FLAGS.json is not None:
+        parent = pathlib.Path(FLAGS.json).absolute().parent
+        if not (parent.is_dir() and os.access(parent, os.W_OK)) or pathlib.Path(FLAGS.json).is_dir():
+            raise RequestError(f"--json={FLAGS.json!r} is not a file that can be written")
+    sides = ["ours"] + ["peer"] * (peer_python is not None) + ["peer_hugepages"] * FLAGS.peer_hugepages
+    return [int(text) for text in FLAGS.experts], sides, peer_python
+
+
+def run() -> None:
+    """Measures every size, printing each when it is done."""
+    sizes, sides, peer_python = checked_flags()
+    print(
+        f"training in float32: {BATCH}x{LENGTH} tokens of real text a step, width {MODEL['hidden_size']}, "
+        f"{MODEL['num_hidden_layers']} layers, top-{MODEL['num_experts_per_tok']}, dropless; "
+        f"{FLAGS.rounds} rounds of {FLAGS.steps} steps in turn: median and range; start: to the first step's end"
+    )
+    print(
+        f"{'experts':>7}  {'side':<14} {'tokens/s':>9}  {'range':>15}  {'start':>7}  ours/side (best/best)", flush=True
+    )
+    results = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        np.save(folder / "tokens.npy", text_tokens())
+        peak = start("peak", folder, sizes[0], None)
+        try:
+            for experts in sizes:
+                results.append(measure(experts, sides, peak, folder, peer_python))
+                print("\n".join(lines(results[-1])), flush=True)
+        finally:
+            peak.close()
+    for side, result in results[0]["sides"].items():
+        print(f"{side}: {result['name']}{', huge pages' * (side != 'peer')}")
+    if FLAGS.json is not None:
+        shape = {"batch": BATCH, "length": LENGTH, "model": MODEL, "optimizer": OPTIMIZER}
+        result = {"shape": shape, "steps": FLAGS.steps, "flops_per_token": flops_per_token(), "sizes": results}
+        pathlib.Path(FLAGS.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main() -> None:
+    """The driver, or one of its workers."""
+    if FLAGS.worker is not None:
+        work(json.loads(FLAGS.worker))
+    else:
+        run()
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,84 @@
+"""The other side of `research.bench`: training steps of Hugging Face transformers' DeepSeek-V3, torch on a CPU.
+
+A script for the Python of the comparison's own environment (requirements-parity.txt) that imports nothing of ours:
+`python -I research/bench_peer.py REQUEST`, REQUEST being the JSON that `research.bench.request` builds.
+
+Of what transformers and torch offer it runs the fastest, at 16, 64 and 256 experts alike: `sdpa` attention (`eager`
+takes 1-10% longer), `grouped_mm` experts (the `eager` loop takes 1.1, 1.4 and 5-10 times as long), fused AdamW
+(at 256 experts `foreach` adds 180-250 ms to a step of 650).
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Step = Callable[[np.ndarray], Any]  # trains on tokens_BS (S = T + 1 ids a row), returns the loss: what `float` takes
+
+
+def serve(step: Step, about: dict, tokens_file: str) -> None:
+    """Takes one step, then as many as each line of stdin says, over the file's batches; each answer is a JSON line.
+
+    The first line is `about` with the first step's loss; the others hold the seconds a step and the last loss.
+    """
+    tokens_NBS = np.load(tokens_file)
+    answer(about | {"loss": float(step(tokens_NBS[0]))})
+    done = 1
+    for line in sys.stdin:
+        start = time.perf_counter()
+        for n in range(done, done + int(line)):
+            loss = step(tokens_NBS[n % len(tokens_NBS)])
+        loss = float(loss)  # waits for the last step
+        done += int(line)
+        answer({"seconds": (time.perf_counter() - start) / int(line), "loss": loss})
+
+
+def answer(fields: dict) -> None:
+    """One JSON line to the driver."""
+    print(json.dumps(fields), flush=True)
+
+
+def peer_steps(request: dict) -> tuple[Step, dict]:
+    """The training step of transformers' model and what it is made of: dropless, no routing bias update, no MTP."""
+    import torch  # here: our own worker imports this module for `serve`, where there is no torch
+    import transformers
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    torch.manual_seed(0)
+    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**request["model"])).float().train()
+    model.set_attn_implementation("sdpa")
+    model.set_experts_implementation("grouped_mm")
+    rate = request["optimizer"]
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=rate["learning_rate"],
+        betas=(rate["beta1"], rate["beta2"]),
+        eps=rate["epsilon"],
+        weight_decay=rate["weight_decay"],
+        fused=True,
+    )
+
+    def step(tokens_BS: np.ndarray) -> float:
+        tokens = torch.from_numpy(tokens_BS.astype(np.int64))
+        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        loss = model(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), rate["clip_norm"])
+        optimizer.step()
+        return loss.item()
+
+    return step, {
+        "name": f"transformers {transformers.__version__}, torch {torch.__version__}: sdpa, grouped_mm, fused AdamW",
+        "threads": torch.get_num_threads(),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+if __name__ == "__main__":
+    the_request = json.loads(sys.argv[1])
+    serve(*peer_steps(the_request), the_request["tokens"])

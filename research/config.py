@@ -1,0 +1,258 @@
+"""From a ConfigDict to checked, frozen settings. Every error names the field, its value and what was expected."""
+
+import difflib
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from experiments import base
+from research.errors import RequestError
+from research.precision.recipe import RECIPES
+
+CHOICES = {
+    "model.attention": ("mla", "gqa"),
+    "model.attention_implementation": ("auto", "xla", "cudnn", "reference"),
+    "model.scoring_func": ("sigmoid", "softmax"),
+    "model.topk_method": ("noaux_tc", "group_limited_greedy", "greedy"),
+    "model.bias_update": ("sign", "centred", "proportional", "none"),
+    "model.bias_form": ("additive", "multiplicative"),
+    "model.balance_loss": ("sequence", "batch", "expert", "none"),
+    "model.rope_scaling.type": ("default", "yarn", "llama3"),
+    "model.remat": ("none", "norms", "layer"),
+    "mtp.hidden": ("after_norm", "before_norm"),
+    "precision.recipe": tuple(RECIPES),
+    "data.source": ("stdlib", "files", "huggingface"),
+    "optimizer.name": ("adamw", "muon"),
+    "optimizer.moment_dtype": ("float32", "bfloat16"),
+}
+AT_LEAST = {  # numbers with a lower bound
+    1: ("model.hidden_size", "model.intermediate_size", "model.num_hidden_layers", "model.num_attention_heads",
+        "model.num_key_value_heads", "model.head_dim", "model.kv_lora_rank", "model.qk_nope_head_dim",
+        "model.qk_rope_head_dim", "model.v_head_dim", "model.num_experts_per_tok", "model.moe_intermediate_size",
+        "model.n_group", "model.topk_group", "model.scan_unroll", "model.max_position_embeddings",
+        "model.rope_scaling.factor", "model.rope_scaling.original_max_position_embeddings", "training.steps",
+        "training.batch_size", "training.accumulation_steps", "evaluation.batches", "evaluation.batch_size",
+        "evaluation.sample_tokens", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "mesh.pipeline",
+        "checkpoint.keep_last"),
+    2: ("data.sequence_length",),
+    0: ("model.first_k_dense_replace", "model.n_routed_experts", "model.n_shared_experts", "model.bias_update_speed",
+        "model.aux_loss_alpha", "mtp.num_nextn_predict_layers", "mtp.loss_weight", "mtp.loss_weight_final",
+        "data.max_documents", "data.prefetch", "training.batch_ramp_start", "training.seed", "optimizer.weight_decay",
+        "optimizer.clip_norm", "evaluation.every_steps", "evaluation.samples", "checkpoint.every_steps",
+        "checkpoint.keep_best", "evaluation.sample_temperature", "model.rope_scaling.mscale", "model.rope_scaling.mscale_all_dim"),
+}
+POSITIVE = ("model.rms_norm_eps", "model.initializer_range", "model.routed_scaling_factor", "model.rope_theta",
+            "model.rope_scaling.beta_fast", "model.rope_scaling.beta_slow", "model.rope_scaling.low_freq_factor",
+            "model.rope_scaling.high_freq_factor", "optimizer.learning_rate", "optimizer.epsilon")
+FRACTIONS = ("model.bias_update_until", "mtp.loss_weight_switch", "data.fim_rate", "training.batch_ramp_until",
+             "optimizer.warmup_fraction", "optimizer.plateau_until", "optimizer.cosine_until",
+             "optimizer.cosine_final", "optimizer.tail_from", "optimizer.tail_final")
+BELOW_ONE = ("optimizer.beta1", "optimizer.beta2", "training.ema_decay", "data.validation_fraction")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The groups of `experiments/base.py`, checked and frozen."""
+
+    model: FrozenConfigDict
+    mtp: FrozenConfigDict
+    precision: FrozenConfigDict
+    data: FrozenConfigDict
+    training: FrozenConfigDict
+    optimizer: FrozenConfigDict
+    evaluation: FrozenConfigDict
+    mesh: FrozenConfigDict
+    checkpoint: FrozenConfigDict
+
+    def to_json(self) -> str:
+        """The whole resolved config, as `config.json` holds it."""
+        return json.dumps({f.name: getattr(self, f.name).to_dict() for f in fields(self)}, indent=2) + "\n"
+
+    def with_vocabulary(self, size: int) -> "Settings":
+        """The settings with `model.vocab_size` resolved for a tokenizer of `size` tokens.
+
+        None becomes the size rounded up to a multiple of 64; a smaller number is refused.
+        """
+        rows = self.model.vocab_size
+        if rows is None:
+            rows = -(-size // 64) * 64
+        if rows < size:
+            raise RequestError.field("model.vocab_size", rows, f"is smaller than the tokenizer's {size} tokens")
+        model = ConfigDict(self.model)
+        model.vocab_size = rows
+        return Settings(**{f.name: getattr(self, f.name) for f in fields(self) if f.name != "model"},
+                        model=FrozenConfigDict(model))
+
+
+def nearest(name: str, known) -> str:
+    """` (did you mean X?)` for the closest of the known names, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def flatten(tree, prefix: str = "") -> dict:
+    """{`group.field`: value} of nested dicts."""
+    flat = {}
+    for name, value in tree.items():
+        if hasattr(value, "items"):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def check(config) -> Settings:
+    """Checks every field and how they fit together. Raises RequestError with one line for the first that is wrong."""
+    default = base.get_config()
+    plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    known, given = flatten(default.to_dict()), flatten(plain)
+    for name, value in given.items():
+        if name not in known:
+            raise RequestError.field(name, value, f"is not a field of the configuration{nearest(name, known)}")
+    for name in known:
+        if name not in given:
+            raise RequestError(f"config.{name} is missing")
+        _check_type(name, given[name], known[name])
+    _check_values(given)
+    _check_model(given)
+    _check_training(given)
+    groups = {f.name: plain[f.name] for f in fields(Settings)}
+    for name, value in given.items():  # 3 where 3.0 was meant
+        if isinstance(known[name], float):
+            *path, leaf = name.split(".")
+            node = groups
+            for part in path:
+                node = node[part]
+            node[leaf] = float(value)
+    return Settings(**{name: FrozenConfigDict(group) for name, group in groups.items()})
+
+
+def _check_type(name: str, value, default) -> None:
+    optional = default is None  # the optional fields are whole numbers
+    expected = int if optional else type(default)
+    if optional and value is None:
+        return
+    fits = isinstance(value, expected) or (expected is float and isinstance(value, int))
+    if not fits or (isinstance(value, bool) and expected is not bool):
+        what = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[expected]
+        raise RequestError.field(name, value, f"must be {what}, not {type(value).__name__}")
+
+
+def _check_values(c: dict) -> None:
+    for name, choices in CHOICES.items():
+        if c[name] not in choices:
+            raise RequestError.field(name, c[name], f"must be one of {', '.join(choices)}{nearest(c[name], choices)}")
+    for bound, names in AT_LEAST.items():
+        for name in names:
+            if not c[name] >= bound:  # also false for NaN
+                raise RequestError.field(name, c[name], f"must be at least {bound}")
+    for name in ("model.vocab_size", "model.q_lora_rank"):
+        if c[name] is not None and c[name] < 1:
+            raise RequestError.field(name, c[name], "must be at least 1, or None")
+    for name in POSITIVE:
+        if not 0 < c[name] < float("inf"):
+            raise RequestError.field(name, c[name], "must be above 0")
+    for name in FRACTIONS:
+        if not 0 <= c[name] <= 1:
+            raise RequestError.field(name, c[name], "must be between 0 and 1")
+    for name in BELOW_ONE:
+        if not 0 <= c[name] < 1:
+            raise RequestError.field(name, c[name], "must be at least 0 and below 1")
+
+
+def _check_model(c: dict) -> None:
+    if c["model.attention"] == "mla":
+        if c["model.qk_rope_head_dim"] % 2:
+            raise RequestError.field("model.qk_rope_head_dim", c["model.qk_rope_head_dim"],
+                                     "must be even: rotary channels turn in pairs")
+    else:
+        if c["model.head_dim"] % 2:
+            raise RequestError.field("model.head_dim", c["model.head_dim"],
+                                     "must be even: rotary channels turn in pairs")
+        if c["model.num_attention_heads"] % c["model.num_key_value_heads"]:
+            raise RequestError.field("model.num_key_value_heads", c["model.num_key_value_heads"],
+                                     f"does not divide config.model.num_attention_heads="
+                                     f"{c['model.num_attention_heads']}")
+    scaling = {k.rsplit(".", 1)[1]: v for k, v in c.items() if k.startswith("model.rope_scaling.")}
+    if scaling["type"] == "yarn" and scaling["beta_fast"] <= scaling["beta_slow"]:
+        raise RequestError.field("model.rope_scaling.beta_fast", scaling["beta_fast"],
+                                 f"must be above config.model.rope_scaling.beta_slow={scaling['beta_slow']}")
+    if scaling["type"] == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise RequestError.field("model.rope_scaling.high_freq_factor", scaling["high_freq_factor"],
+                                 "must be above config.model.rope_scaling.low_freq_factor="
+                                 f"{scaling['low_freq_factor']}")
+    experts = c["model.n_routed_experts"]
+    if experts:
+        _check_experts(c, experts)
+
+
+def _check_experts(c: dict, experts: int) -> None:
+    chosen, groups, kept = c["model.num_experts_per_tok"], c["model.n_group"], c["model.topk_group"]
+    if chosen > experts:
+        raise RequestError.field("model.num_experts_per_tok", chosen,
+                                 f"must be at most config.model.n_routed_experts={experts}")
+    if experts % groups:
+        raise RequestError.field("model.n_group", groups, f"does not divide config.model.n_routed_experts={experts}")
+    if kept > groups:
+        raise RequestError.field("model.topk_group", kept, f"must be at most config.model.n_group={groups}")
+    if kept * (experts // groups) < chosen:
+        raise RequestError.field("model.topk_group", kept,
+                                 f"is too small: {kept} groups of {experts // groups} experts hold fewer than "
+                                 f"config.model.num_experts_per_tok={chosen}")
+    if c["model.first_k_dense_replace"] > c["model.num_hidden_layers"]:
+        raise RequestError.field("model.first_k_dense_replace", c["model.first_k_dense_replace"],
+                                 f"must be at most config.model.num_hidden_layers={c['model.num_hidden_layers']}")
+
+
+def _check_training(c: dict) -> None:
+    batch, pieces, start = c["training.batch_size"], c["training.accumulation_steps"], c["training.batch_ramp_start"]
+    if batch % pieces:
+        raise RequestError.field("training.accumulation_steps", pieces,
+                                 f"does not divide config.training.batch_size={batch}")
+    if start > batch or start % pieces:
+        raise RequestError.field("training.batch_ramp_start", start,
+                                 f"must be a multiple of config.training.accumulation_steps={pieces} and at most "
+                                 f"config.training.batch_size={batch}")
+    if c["model.balance_loss"] == "batch" and pieces > 1 and c["model.aux_loss_alpha"] > 0:
+        raise RequestError.field("training.accumulation_steps", pieces,
+                                 "must be 1 with config.model.balance_loss='batch', whose product of means over the "
+                                 "batch does not split into pieces")
+    length = c["data.sequence_length"]
+    if length > c["model.max_position_embeddings"]:
+        raise RequestError.field("data.sequence_length", length,
+                                 f"must be at most config.model.max_position_embeddings="
+                                 f"{c['model.max_position_embeddings']}")
+    if c["mtp.num_nextn_predict_layers"] >= length:
+        raise RequestError.field("mtp.num_nextn_predict_layers", c["mtp.num_nextn_predict_layers"],
+                                 f"must be below config.data.sequence_length={length}")
+    if c["data.source"] == "files" and not c["data.files"]:
+        raise RequestError.field("data.files", "", "must name files or globs with config.data.source='files'")
+    if c["data.source"] == "huggingface" and not c["data.huggingface_dataset"]:
+        raise RequestError.field("data.huggingface_dataset", "",
+                                 "must name a dataset with config.data.source='huggingface'")
+    if not c["data.validation_fraction"]:
+        raise RequestError.field("data.validation_fraction", c["data.validation_fraction"],
+                                 "must be above 0: every run ends with an evaluation")
+    boundaries = ("optimizer.warmup_fraction", "optimizer.plateau_until", "optimizer.cosine_until",
+                  "optimizer.tail_from")
+    for earlier, later in zip(boundaries, boundaries[1:], strict=False):
+        if c[earlier] > c[later]:
+            raise RequestError.field(later, c[later], f"must be at least config.{earlier}={c[earlier]}")
+    for axis in ("data", "fsdp", "expert", "tensor", "pipeline"):
+        if c[f"mesh.{axis}"] != 1:
+            raise RequestError.field(f"mesh.{axis}", c[f"mesh.{axis}"], "must be 1: training runs on one device")
+
+
+def read(workdir: Path) -> Settings:
+    """The settings that a run left in its workdir."""
+    path = workdir / "config.json"
+    try:
+        return check(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise RequestError(f"{path} does not exist: {workdir} is not the workdir of a run") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, RequestError):
+            raise RequestError(f"{path}: {error}") from None
+        raise RequestError(f"{path} cannot be read: {error}") from None

@@ -1,0 +1,62 @@
+"""What a result depends on besides its config: versions, device, commit, and how fast the machine multiplies."""
+
+import platform
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
+
+
+def describe() -> dict:
+    """Versions, device and commit; `commit` ends in `+` when files differ from it, and is None without git."""
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "device": f"{device.platform} {device.device_kind}",
+        "devices": jax.device_count(),
+        "processor": _processor(),
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """The commit of this code."""
+    def git(*arguments):
+        return subprocess.run(("git", *arguments), cwd=Path(__file__).parent, capture_output=True, text=True)
+
+    try:
+        head = git("rev-parse", "HEAD")
+        if head.returncode:
+            return None
+        return head.stdout.strip() + ("+" if git("status", "--porcelain").stdout.strip() else "")
+    except OSError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def matmul_peak(size: int | None = None) -> float:
+    """FLOP/s of this device's best matrix product: float32 on a CPU, bfloat16 elsewhere; the best of several."""
+    cpu = jax.default_backend() == "cpu"
+    size = size or (1024 if cpu else 8192)
+    a = jnp.ones((size, size), jnp.float32 if cpu else jnp.bfloat16)
+    product = jax.jit(jnp.dot).lower(a, a).compile()
+    product(a, a).block_until_ready()
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        product(a, a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

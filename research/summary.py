@@ -1,0 +1,37 @@
+"""What a command says when it is done."""
+
+
+def of_training(result: dict) -> str:
+    """A table of what was trained, how good it is beside gzip, how fast it was and where the time went."""
+    seconds = result["seconds"]
+    speed = result["tokens"] / max(seconds["train"], 1e-9)
+    rows = [
+        ("steps", f"{result['steps']:,} ({result['tokens']:,} tokens)"),
+        *_quality(result),
+        ("tokens a second", f"{speed:,.0f} in training; MFU {speed * result['flops_per_token'] / result['peak_flops']:.1%}"
+                            f" of {result['peak_flops'] / 1e9:,.0f} GFLOP/s"),
+        ("seconds", ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())),
+        ("in", f"{result['workdir']}: metrics.jsonl, samples.md, tensorboard/, checkpoints/"),
+    ]
+    return _table(rows)
+
+
+def of_evaluation(result: dict) -> str:
+    """The same for an evaluation alone."""
+    return _table([("step", f"{result['step']:,}"), *_quality(result)])
+
+
+def _quality(result: dict) -> list[tuple[str, str]]:
+    v = result["validation"]
+    rows = [("validation loss", f"{v['loss']:.4f} nats a token ({v['targets']:,} targets)"),
+            ("bits per byte", f"{v['bits_per_byte']:.3f} on {result['held_out_bytes']:,} held-out bytes"),
+            ("gzip -9", f"{result['gzip_bits_per_byte']:.3f} bits per byte on the same")]
+    if v["mtp_accuracy"]:
+        rows.append(("multi-token", "accuracy " + ", ".join(f"{x:.1%}" for x in v["mtp_accuracy"])
+                     + " given the text before, by depth"))
+    return rows
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:>{width}}  {value}" for name, value in rows)

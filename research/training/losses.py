@@ -1,0 +1,50 @@
+"""Next-token and multi-token cross-entropy over packed rows."""
+
+import jax
+import jax.numpy as jnp
+
+from research.model.mtp import shift_left
+
+
+@jax.custom_vjp
+def cross_entropy(logits_BTV, targets_BT):
+    """-log softmax(logits)[target] of each position, nats. Returns float32 (B, T).
+
+    By hand because the transpose of picking the target is a scatter into a whole array of zeros.
+    """
+    return _forward(logits_BTV, targets_BT)[0]
+
+
+def _forward(logits_BTV, targets_BT):
+    lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return lse_BT - picked_BT, (logits_BTV, targets_BT, lse_BT)
+
+
+def _backward(residuals, d_BT):
+    logits_BTV, targets_BT, lse_BT = residuals
+    target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
+    return (jnp.exp(logits_BTV - lse_BT[..., None]) - target_BTV) * d_BT[..., None], None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def mtp_targets(batch, k: int):
+    """Targets of depth k and where they count: position i predicts token i + k + 1 from tokens up to i + k.
+
+    batch: as `data.packing` makes it. A target counts where the tokens i, i + k and i + k + 1 are of
+    one document (documents are contiguous, so all between are too). Returns (targets_BT, mask_BT).
+    """
+    same_BT = shift_left(batch["segments_BT"], k) == batch["segments_BT"]
+    return shift_left(batch["targets_BT"], k), same_BT & shift_left(batch["mask_BT"], k) & batch["mask_BT"]
+
+
+def token_losses(logits_BTV, mtp_logits, batch):
+    """Summed cross-entropy of the main head and of each depth: (sum, (M,) sums), nats, float32."""
+    main = jnp.sum(jnp.where(batch["mask_BT"], cross_entropy(logits_BTV, batch["targets_BT"]), 0))
+    deeper = []
+    for k, logits in enumerate(mtp_logits, start=1):
+        targets_BT, mask_BT = mtp_targets(batch, k)
+        deeper.append(jnp.sum(jnp.where(mask_BT, cross_entropy(logits, targets_BT), 0)))
+    return main, jnp.stack(deeper) if deeper else jnp.zeros((0,), jnp.float32)

@@ -1,0 +1,137 @@
+"""One optimiser step as a pure function of the state and a batch."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from research.model.balance import load_violation, update_bias
+from research.model.build import init_variables
+from research.model.transformer import Transformer
+from research.training import schedules
+from research.training.losses import mtp_targets, token_losses
+from research.training.optimizer import make_optimizer
+
+
+def init_state(model: Transformer, settings, variables=None):
+    """The state of step 0: params, routing (biases), optimizer, ema (None when off), step.
+
+    variables: weights to start from; None: drawn from `training.seed`.
+    """
+    if variables is None:
+        variables = init_variables(model, settings, settings.training.seed)
+    params = variables["params"]
+    return {
+        "params": params,
+        "routing": variables["routing"],
+        "optimizer": make_optimizer(settings).init(params),
+        "ema": jax.tree.map(jnp.copy, params) if settings.training.ema_decay else None,
+        "step": jnp.zeros((), jnp.int32),
+    }
+
+
+def apply_model(model, settings, params, routing, batch):
+    """Logits and intermediates of a batch, under the config's rule for attention across documents."""
+    return model.apply({"params": params, "routing": routing}, batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"],
+                       attend_across=not settings.data.mask_documents)
+
+
+def loads_of(routing):
+    """What the bias update and the metrics read of `out['routing']`: {`layers`: (L, E) or None, `mtp`: [(E,)]}."""
+    return {"layers": None if routing["layers"] is None else routing["layers"]["loads"],
+            "mtp": [r["loads"] for r in routing["mtp"] if r is not None]}
+
+
+def loss_of(params, routing, batch, total, pieces: int, weight, model, settings):
+    """The loss of one of `pieces` equal parts of a batch with `total` targets; the parts' losses sum to the batch's.
+
+    V3 Eq. 25 with every depth divided by the main loss's number of targets. Returns (loss, metrics).
+    """
+    logits_BTV, out = apply_model(model, settings, params, routing, batch)
+    main, deeper = token_losses(logits_BTV, out["mtp_logits"], batch)
+    main, deeper, balance = main / total, deeper / total, out["balance_loss"] / pieces
+    loss = main + balance + (weight * jnp.mean(deeper) if deeper.size else 0)
+    return loss, {"loss": loss, "next_token_loss": main, "mtp_loss": deeper, "balance_loss": balance,
+                  "loads": loads_of(out["routing"])}
+
+
+def update_routing(routing, loads, config, speed):
+    """The routing collection after a step with these loads of the whole batch."""
+    def updated(collection, load):
+        return jax.tree.map(lambda bias: update_bias(bias, load, config, speed), collection)
+
+    names = {"layers": loads["layers"]} | {f"mtp_{k}": load for k, load in enumerate(loads["mtp"], start=1)}
+    return {name: updated(collection, names[name]) for name, collection in routing.items()}
+
+
+def make_train_step(model: Transformer, settings):
+    """(state, batch) -> (state, metrics), compiled; the state's buffers are donated.
+
+    batch: `tokens_BT`, `targets_BT`, `segments_BT`, `positions_BT`, `mask_BT`; B is a multiple of
+    `training.accumulation_steps`. Metrics: float32 scalars, `mtp_loss` (M,), and `load_violation` averaged over
+    layers, with `load_violation_by_layer` and, for the multi-token routers, `mtp_load_violation`.
+    """
+    optimizer, pieces, steps = make_optimizer(settings), settings.training.accumulation_steps, settings.training.steps
+    gradient = jax.value_and_grad(partial(loss_of, model=model, settings=settings), has_aux=True)
+
+    def accumulate(params, routing, batch, total, weight):
+        if pieces == 1:
+            (_, metrics), gradients = gradient(params, routing, batch, total, 1, weight)
+            return gradients, metrics
+        parts = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), batch)
+
+        def add(carry, part):
+            (_, metrics), gradients = gradient(params, routing, part, total, pieces, weight)
+            return jax.tree.map(jnp.add, carry, (gradients, metrics)), None
+
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(lambda p: gradient(params, routing, p, total, pieces, weight), first)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[1], shapes[0][1]))
+        return jax.lax.scan(add, zeros, parts)[0]
+
+    @partial(jax.jit, donate_argnums=0)
+    def train_step(state, batch):
+        step = state["step"] + 1
+        total = jnp.maximum(jnp.sum(batch["mask_BT"]), 1).astype(jnp.float32)
+        weight = schedules.mtp_loss_weight(step, settings.mtp, steps)
+        gradients, metrics = accumulate(state["params"], state["routing"], batch, total, weight)
+        loads = metrics.pop("loads")
+        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        decay = settings.training.ema_decay
+        speed = schedules.bias_update_speed(step, settings.model, steps)
+        metrics |= {
+            "grad_norm": optax.global_norm(gradients),
+            "learning_rate": schedules.learning_rate(step, settings.optimizer, steps),
+        }
+        if loads["layers"] is not None:
+            metrics["load_violation_by_layer"] = load_violation(loads["layers"])
+            metrics["load_violation"] = jnp.mean(metrics["load_violation_by_layer"])
+            metrics["mtp_load_violation"] = jnp.array([load_violation(load) for load in loads["mtp"]], jnp.float32)
+        return {
+            "params": params,
+            "routing": update_routing(state["routing"], loads, settings.model, speed),
+            "optimizer": optimizer_state,
+            "ema": jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], params) if decay else None,
+            "step": step,
+        }, metrics
+
+    return train_step
+
+
+def make_eval_step(model: Transformer, settings):
+    """(params, routing, batch) -> sums over the batch: nats, targets, and hits and targets of each depth (M,)."""
+    @jax.jit
+    def eval_step(params, routing, batch):
+        logits_BTV, out = apply_model(model, settings, params, routing, batch)
+        nats, _ = token_losses(logits_BTV, (), batch)
+        hits, counts = [], []
+        for k, logits in enumerate(out["mtp_logits"], start=1):
+            targets_BT, mask_BT = mtp_targets(batch, k)
+            hits.append(jnp.sum((jnp.argmax(logits, axis=-1) == targets_BT) & mask_BT))
+            counts.append(jnp.sum(mask_BT))
+        return {"nats": nats, "targets": jnp.sum(batch["mask_BT"]), "mtp_hits": jnp.array(hits, jnp.int32),
+                "mtp_targets": jnp.array(counts, jnp.int32)}
+
+    return eval_step

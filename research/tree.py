@@ -1,0 +1,14 @@
+"""Trees of parameters by the names of their leaves."""
+
+import jax
+
+
+def paths(params) -> dict:
+    """{`a/b/kernel`: leaf} of a parameter tree."""
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    return {"/".join(key.key for key in path): leaf for path, leaf in leaves}
+
+
+def map_paths(function, params):
+    """The tree with function(path, leaf) in place of each leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: function("/".join(k.key for k in path), x), params)

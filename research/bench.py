@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -49,7 +50,6 @@ MODEL = {  # the names of DeepSeek's config.json; n_routed_experts varies
     "topk_group": 1,
     "norm_topk_prob": True,
     "routed_scaling_factor": 1.0,
-    "num_nextn_predict_layers": 0,
     "tie_word_embeddings": False,
     "rms_norm_eps": 1e-6,
     "initializer_range": 0.006,
@@ -78,31 +78,46 @@ flags.DEFINE_string("json", None, "also write the result to this file")
 flags.DEFINE_string("worker", None, "one side's process, started by the driver: its request as JSON")
 
 
+def our_settings(experts: int):
+    """MODEL and OPTIMIZER as our settings: no multi-token module and no balance loss, as the peer has none."""
+    from experiments import base
+    from research import config
+
+    c = base.get_config()
+    c.model.update(MODEL | {"n_routed_experts": experts, "aux_loss_alpha": 0.0})
+    c.mtp.num_nextn_predict_layers = 0
+    c.optimizer.update(OPTIMIZER)
+    c.data.sequence_length = LENGTH
+    c.training.batch_size = BATCH
+    return config.check(c)
+
+
 def our_steps(experts: int) -> tuple[bench_peer.Step, dict]:
     """Our training step at MODEL, OPTIMIZER and `experts`: `step(tokens_BS) -> loss` (unfetched), and its description.
 
     `tokens_BS` is int32 with S = LENGTH + 1. The step keeps its state and may return before it is done.
     """
     import jax
-    import jax.numpy as jnp
 
-    def loss_of(w_VD, tokens_BS):
-        logits_BTV = w_VD[tokens_BS[:, :-1]] @ w_VD.T
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), tokens_BS[:, 1:, None], axis=-1).mean()
+    from research.model.build import make_model
+    from research.training.step import init_state, make_train_step
 
-    @jax.jit
-    def update(w_VD, tokens_BS):
-        loss, gradient_VD = jax.value_and_grad(loss_of)(w_VD, tokens_BS)
-        return w_VD - 0.1 * gradient_VD, loss
-
-    w_VD = 0.01 * jax.random.normal(jax.random.key(experts), (MODEL["vocab_size"], MODEL["hidden_size"]))
+    settings = our_settings(experts)
+    model = make_model(settings)
+    train_step = make_train_step(model, settings)
+    state = jax.jit(lambda: init_state(model, settings))()
+    whole = {
+        "segments_BT": np.ones((BATCH, LENGTH), np.int32),
+        "positions_BT": np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (BATCH, LENGTH)),
+        "mask_BT": np.ones((BATCH, LENGTH), bool),
+    }
 
     def step(tokens_BS):
-        nonlocal w_VD
-        w_VD, loss = update(w_VD, tokens_BS)
-        return loss
+        nonlocal state
+        state, metrics = train_step(state, whole | {"tokens_BT": tokens_BS[:, :-1], "targets_BT": tokens_BS[:, 1:]})
+        return metrics["loss"]
 
-    return step, {"name": "a stand-in, not our model", "parameters": w_VD.size}
+    return step, {"name": "parsimony", "parameters": sum(x.size for x in jax.tree.leaves(state["params"]))}
 
 
 def peak_steps() -> tuple[bench_peer.Step, dict]:
@@ -199,19 +214,10 @@ def text_tokens() -> np.ndarray:
 
 
 def flops_per_token() -> float:
-    """Model FLOPs of training on one token: 6 a weight it meets, and 12 a head's width and half the positions.
+    """Model FLOPs of training on one token, the same at every number of experts but for the router: the smallest's."""
+    from research.accounting import flops
 
-    The embedding is a lookup and counts nothing; attention is causal (half the square); no recomputation. The router
-    is left out, its width being all that depends on the number of experts."""
-    m = MODEL
-    D, N, nope, P = m["hidden_size"], m["num_attention_heads"], m["qk_nope_head_dim"], m["qk_rope_head_dim"]
-    R, H = m["kv_lora_rank"], m["v_head_dim"]
-    attention = D * N * (nope + P) + D * (R + P) + R * N * (nope + H) + N * H * D
-    dense = m["first_k_dense_replace"] * 3 * D * m["intermediate_size"]
-    moe_layers = m["num_hidden_layers"] - m["first_k_dense_replace"]
-    moe = moe_layers * 3 * D * m["moe_intermediate_size"] * (m["num_experts_per_tok"] + m["n_shared_experts"])
-    weights = m["num_hidden_layers"] * attention + dense + moe + D * m["vocab_size"]
-    return 6 * weights + 6 * m["num_hidden_layers"] * N * (nope + P + H) * LENGTH / 2
+    return flops.training_per_token(our_settings(16))
 
 
 def measure(experts: int, sides: list[str], peak: Worker, folder: pathlib.Path, peer_python: str | None) -> dict:
@@ -275,6 +281,7 @@ def checked_flags() -> tuple[list[int], list[str], str | None]:
     if peer_python is None and PARITY_PYTHON.exists():
         peer_python = str(PARITY_PYTHON)
     if peer_python is not None:
+        peer_python = os.path.abspath(shutil.which(peer_python) or peer_python)  # not resolved: a venv is its link
         has_both = "import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, ('torch', 'transformers'))))"
         try:
             missing = subprocess.run([peer_python, "-I", "-c", has_both], check=False, capture_output=True).returncode

@@ -1,14 +1,19 @@
 """How every command of this package starts and ends: process settings, flags, one-line errors, exit codes."""
 
+import logging
 import os
 import platform
+import re
 import signal
 import sys
 from collections.abc import Callable
 
-from absl import app, flags, logging
+from absl import flags
+from absl import logging as absl_logging
 
-from research.errors import RequestError, RunError
+from research.errors import RequestError, RunError, nearest
+
+_HELP = {"-h", "-?", "-help", "--help", "-helpshort", "--helpshort", "-helpfull", "--helpfull"}
 
 
 class Stopped(BaseException):
@@ -16,6 +21,17 @@ class Stopped(BaseException):
 
     def __init__(self, code: int):
         self.code = code
+
+
+def run(main: Callable[[], None], values: flags.FlagValues = flags.FLAGS) -> None:
+    """Runs the command of this process, whose flags are `values`, and exits with the code of `execute`."""
+    tune_process()
+    signal.signal(signal.SIGTERM, _terminate)
+    log_lines()
+    code = execute(main, sys.argv, values)
+    for number in (signal.SIGINT, signal.SIGTERM):  # what comes while the interpreter shuts down just ends it
+        signal.signal(number, signal.SIG_DFL)
+    sys.exit(code)
 
 
 def tune_process() -> None:
@@ -32,40 +48,94 @@ def tune_process() -> None:
         os.execv(sys.executable, sys.orig_argv)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a command: 0 done, 1 failed, 2 wrong request (one line, no traceback), 130 and 143 stopped."""
-    tune_process()
+def log_lines() -> None:
+    """Our own INFO and everybody's warnings, a plain line each on stderr, above a progress bar if there is one."""
+    logging.root.handlers = [_Lines()]
+    logging.root.setLevel(logging.WARNING)
+    absl_logging.set_verbosity(absl_logging.INFO)
 
-    def terminate(*_):
-        raise Stopped(143)
 
-    signal.signal(signal.SIGTERM, terminate)
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.INFO)
-    logging.set_stderrthreshold(logging.INFO)
-    code = 0
+def execute(main: Callable[[], None], argv: list[str], values: flags.FlagValues) -> int:
+    """Parses `argv` into `values` and runs a command. Returns its exit code.
+
+    0 done; 1 failed, 2 wrong request: one line on stderr, no traceback; 130 and 143 stopped. Any other exception is
+    a defect of ours and passes through.
+    """
     try:
-        app.run(lambda _: main(), flags_parser=parse_flags)
-    except SystemExit as end:  # app.run's own, after main returned
-        code = end.code or 0
-    except (RequestError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 2 if isinstance(error, RequestError) else 1
+        if _HELP & set(argv[1:]):
+            print(usage(values))
+        else:
+            parse_flags(argv, values)
+            main()
+        sys.stdout.flush()
+        return 0
+    except RequestError as error:
+        return _refuse(error, 2)
+    except RunError as error:
+        return _refuse(error, 1)
+    except BrokenPipeError:  # whoever read the output has left, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _refuse(f"{error.filename}: {error.strerror}" if error.filename else error, 1)
     except KeyboardInterrupt:
-        code = 130
+        return 130
     except Stopped as stopped:
-        code = stopped.code
-    sys.exit(code)
+        return stopped.code
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with every complaint as a RequestError of one line."""
+def parse_flags(argv: list[str], values: flags.FlagValues) -> None:
+    """absl's parser, with every complaint as a RequestError of one line.
+
+    `--config.model.hidden_size=64`, in any order with --config, becomes `--config.=model.hidden_size=64` for the
+    commands that have a flag of this name (see research/experiment.py).
+    """
     try:
-        rest = flags.FLAGS(argv)
+        argv = values.read_flags_from_files(argv, force_gnu=False)
+        _check_pairs(argv, values)
+        if "config." in values:
+            argv = [re.sub(r"^--?config\.(?!=)", "--config.=", word) for word in argv]
+        rest = values(argv)
+    except flags.UnrecognizedFlagError as error:
+        raise RequestError(f"--{error.flagname} is not a flag{nearest(error.flagname, values, '--')}") from None
     except flags.Error as error:
-        raise RequestError(" ".join(str(error).split())) from None
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise RequestError(" ".join(str(error).strip("'\"").split())) from None
+        said = str(error).removeprefix("ERROR:: ")
+        raise RequestError(re.sub(r"\('(Non-boolean .*?)', .*\)$", r"\1", said)) from None
     if len(rest) > 1:
         raise RequestError(f"{rest[1]!r} is not a flag: flags are written --name=value")
-    return rest
+
+
+def usage(values: flags.FlagValues) -> str:
+    """The docstring of the module that runs, and its flags."""
+    return f"{sys.modules['__main__'].__doc__}\n{values.main_module_help()}"
+
+
+def _check_pairs(argv: list[str], values: flags.FlagValues) -> None:
+    """Refuses `--workdir --mode=eval`, where absl takes the second word for the directory's name, and `--config.x`."""
+    for word, following in zip(argv[1:], [*argv[2:], "--"], strict=True):
+        name = word.lstrip("-")
+        if not word.startswith("-") or "=" in word:
+            continue
+        if name.startswith("config.") and "config." in values:
+            raise RequestError(f"{word} has no value: fields are written --config.group.field=value")
+        if name in values and not values[name].boolean and following.startswith("--"):
+            raise RequestError(f"--{name} has no value")
+
+
+def _refuse(error: object, code: int) -> int:
+    print("error:", " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
+    return code
+
+
+def _terminate(*_) -> None:
+    raise Stopped(143)
+
+
+class _Lines(logging.Handler):
+    """A log record as one line of text; a traceback, if it carries one, below."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        lead = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        tqdm.write(lead + self.format(record), file=sys.stderr)

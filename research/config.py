@@ -1,14 +1,15 @@
 """From a ConfigDict to checked, frozen settings. Every error names the field, its value and what was expected."""
 
-import difflib
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments import base
-from research.errors import RequestError
+from research.errors import RequestError, nearest
+from research.experiment import check_name, flatten
 from research.precision.recipe import RECIPES
 
 CHOICES = {
@@ -31,17 +32,18 @@ AT_LEAST = {  # numbers with a lower bound
     1: ("model.hidden_size", "model.intermediate_size", "model.num_hidden_layers", "model.num_attention_heads",
         "model.num_key_value_heads", "model.head_dim", "model.kv_lora_rank", "model.qk_nope_head_dim",
         "model.qk_rope_head_dim", "model.v_head_dim", "model.num_experts_per_tok", "model.moe_intermediate_size",
-        "model.n_group", "model.topk_group", "model.scan_unroll", "model.max_position_embeddings",
+        "model.n_group", "model.topk_group", "model.max_position_embeddings",
         "model.rope_scaling.factor", "model.rope_scaling.original_max_position_embeddings", "training.steps",
         "training.batch_size", "training.accumulation_steps", "evaluation.batches", "evaluation.batch_size",
         "evaluation.sample_tokens", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "mesh.pipeline",
         "checkpoint.keep_last"),
     2: ("data.sequence_length",),
-    0: ("model.first_k_dense_replace", "model.n_routed_experts", "model.n_shared_experts", "model.bias_update_speed",
-        "model.aux_loss_alpha", "mtp.num_nextn_predict_layers", "mtp.loss_weight", "mtp.loss_weight_final",
-        "data.max_documents", "data.prefetch", "training.batch_ramp_start", "training.seed", "optimizer.weight_decay",
-        "optimizer.clip_norm", "evaluation.every_steps", "evaluation.samples", "checkpoint.every_steps",
-        "checkpoint.keep_best", "evaluation.sample_temperature", "model.rope_scaling.mscale", "model.rope_scaling.mscale_all_dim"),
+    0: ("model.scan_unroll", "model.first_k_dense_replace", "model.n_routed_experts", "model.n_shared_experts",
+        "model.bias_update_speed", "model.aux_loss_alpha", "mtp.num_nextn_predict_layers", "mtp.loss_weight",
+        "mtp.loss_weight_final", "data.max_documents", "data.prefetch", "training.batch_ramp_start", "training.seed",
+        "optimizer.weight_decay", "optimizer.clip_norm", "evaluation.every_steps", "evaluation.samples",
+        "checkpoint.every_steps", "checkpoint.keep_best", "evaluation.sample_temperature", "model.rope_scaling.mscale",
+        "model.rope_scaling.mscale_all_dim"),
 }
 POSITIVE = ("model.rms_norm_eps", "model.initializer_range", "model.routed_scaling_factor", "model.rope_theta",
             "model.rope_scaling.beta_fast", "model.rope_scaling.beta_slow", "model.rope_scaling.low_freq_factor",
@@ -49,6 +51,7 @@ POSITIVE = ("model.rms_norm_eps", "model.initializer_range", "model.routed_scali
 FRACTIONS = ("model.bias_update_until", "mtp.loss_weight_switch", "data.fim_rate", "training.batch_ramp_until",
              "optimizer.warmup_fraction", "optimizer.plateau_until", "optimizer.cosine_until",
              "optimizer.cosine_final", "optimizer.tail_from", "optimizer.tail_final")
+LARGEST = 2**31 - 1  # of any whole number
 BELOW_ONE = ("optimizer.beta1", "optimizer.beta2", "training.ema_decay", "data.validation_fraction")
 
 
@@ -68,7 +71,11 @@ class Settings:
 
     def to_json(self) -> str:
         """The whole resolved config, as `config.json` holds it."""
-        return json.dumps({f.name: getattr(self, f.name).to_dict() for f in fields(self)}, indent=2) + "\n"
+        return json.dumps(self.to_config().to_dict(), indent=2) + "\n"
+
+    def to_config(self) -> ConfigDict:
+        """The config to change and check again."""
+        return ConfigDict({f.name: getattr(self, f.name).to_dict() for f in fields(self)})
 
     def with_vocabulary(self, size: int) -> "Settings":
         """The settings with `model.vocab_size` resolved for a tokenizer of `size` tokens.
@@ -86,31 +93,13 @@ class Settings:
                         model=FrozenConfigDict(model))
 
 
-def nearest(name: str, known) -> str:
-    """` (did you mean X?)` for the closest of the known names, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def flatten(tree, prefix: str = "") -> dict:
-    """{`group.field`: value} of nested dicts."""
-    flat = {}
-    for name, value in tree.items():
-        if hasattr(value, "items"):
-            flat.update(flatten(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
 def check(config) -> Settings:
     """Checks every field and how they fit together. Raises RequestError with one line for the first that is wrong."""
     default = base.get_config()
     plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     known, given = flatten(default.to_dict()), flatten(plain)
     for name, value in given.items():
-        if name not in known:
-            raise RequestError.field(name, value, f"is not a field of the configuration{nearest(name, known)}")
+        check_name(name, value, known)
     for name in known:
         if name not in given:
             raise RequestError(f"config.{name} is missing")
@@ -138,6 +127,10 @@ def _check_type(name: str, value, default) -> None:
     if not fits or (isinstance(value, bool) and expected is not bool):
         what = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[expected]
         raise RequestError.field(name, value, f"must be {what}, not {type(value).__name__}")
+    if expected is float and not math.isfinite(value):
+        raise RequestError.field(name, value, "must be finite")
+    if expected is int and abs(value) > LARGEST:
+        raise RequestError.field(name, value, f"must be at most {LARGEST}")
 
 
 def _check_values(c: dict) -> None:
@@ -146,13 +139,13 @@ def _check_values(c: dict) -> None:
             raise RequestError.field(name, c[name], f"must be one of {', '.join(choices)}{nearest(c[name], choices)}")
     for bound, names in AT_LEAST.items():
         for name in names:
-            if not c[name] >= bound:  # also false for NaN
+            if c[name] < bound:
                 raise RequestError.field(name, c[name], f"must be at least {bound}")
     for name in ("model.vocab_size", "model.q_lora_rank"):
         if c[name] is not None and c[name] < 1:
             raise RequestError.field(name, c[name], "must be at least 1, or None")
     for name in POSITIVE:
-        if not 0 < c[name] < float("inf"):
+        if c[name] <= 0:
             raise RequestError.field(name, c[name], "must be above 0")
     for name in FRACTIONS:
         if not 0 <= c[name] <= 1:
@@ -249,10 +242,15 @@ def read(workdir: Path) -> Settings:
     """The settings that a run left in its workdir."""
     path = workdir / "config.json"
     try:
-        return check(json.loads(path.read_text()))
-    except FileNotFoundError:
+        plain = json.loads(path.read_bytes())
+        if not isinstance(plain, dict):
+            raise RequestError(f"must be a JSON object, not {type(plain).__name__}")
+        return check(plain)
+    except (FileNotFoundError, NotADirectoryError):
         raise RequestError(f"{path} does not exist: {workdir} is not the workdir of a run") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, RequestError):
-            raise RequestError(f"{path}: {error}") from None
-        raise RequestError(f"{path} cannot be read: {error}") from None
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+    except RequestError as error:
+        raise RequestError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path} is not JSON: {error}") from None

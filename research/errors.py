@@ -1,5 +1,7 @@
 """The two ways in which a command ends without its result (exit codes of design: 2 and 1)."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -15,3 +17,17 @@ class RequestError(ValueError):
 
 class RunError(RuntimeError):
     """A run failed on its way: exit code 1; the message says at which step and what is safe on disk."""
+
+
+def nearest(name: Any, known: Iterable[str], prefix: str = "") -> str:
+    """` (did you mean PREFIX+X?)` for the closest of the known names, or nothing where none is close.
+
+    A name whose last part is right, `steps` for `training.steps`, is the closest of all.
+    """
+    def closeness(other: str) -> float:
+        if other.rsplit(".", 1)[-1] == str(name).rsplit(".", 1)[-1]:
+            return 1 + difflib.SequenceMatcher(None, str(name), other).ratio()
+        return difflib.SequenceMatcher(None, str(name), other).ratio()
+
+    best = max(known, key=closeness, default="")
+    return f" (did you mean {prefix}{best}?)" if best and closeness(best) >= 0.5 else ""

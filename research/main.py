@@ -1,29 +1,40 @@
 """Trains or evaluates: `python -m research.main --config=experiments/nano.py --workdir=runs/nano [--config.a.b=c]`."""
 
+from pathlib import Path
+
 from absl import flags
-from ml_collections import config_flags
 
-from research import command
+from research import command, config, experiment
+from research.errors import RequestError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment: FILE.py, FILE.py:arm or FILE.py:arm:smoke.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is written, and continued when it is there already.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate the newest checkpoint on all "
-                          "held-out text.")
-_PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of three steps to WORKDIR/profile, for xprof.")
+FLAGS = flags.FlagValues()
+_CONFIG = flags.DEFINE_string(
+    "config", None, "An experiment: FILE.py, FILE.py:arm or FILE.py:arm:smoke. --mode=eval takes the workdir's own "
+    "config.json without it.", FLAGS)
+_FIELDS = flags.DEFINE_multi_string(
+    "config.", [], "--config.group.field=value changes a field; experiments/base.py lists them.", FLAGS)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run is written, and continued when it is there already.", FLAGS)
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "eval"], "train, or evaluate the newest checkpoint on all held-out text.", FLAGS)
+_PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of three steps to WORKDIR/profile, for xprof.", FLAGS)
 
 
 def main() -> None:
-    from pathlib import Path
+    if not _WORKDIR.value:
+        raise RequestError("--workdir is required: the directory of the run")
+    workdir = Path(_WORKDIR.value).expanduser()
+    if _CONFIG.value:
+        chosen = experiment.load(_CONFIG.value)
+    elif _MODE.value == "eval":
+        chosen = config.read(workdir).to_config()
+    else:
+        raise RequestError("--config is required: an experiment such as experiments/nano.py")
+    settings = config.check(experiment.change(chosen, _FIELDS.value))
 
-    from research import config, summary
+    from research import summary  # after the checks that need no JAX: a wrong field is answered at once
     from research.training import loop
 
-    if not _WORKDIR.value:
-        raise command.RequestError("--workdir is required: the directory of the run")
-    workdir = Path(_WORKDIR.value).expanduser()
-    if _CONFIG.value is None and _MODE.value == "train":
-        raise command.RequestError("--config is required: an experiment such as experiments/nano.py")
-    settings = config.check(_CONFIG.value) if _CONFIG.value is not None else config.read(workdir)
     if _MODE.value == "train":
         print(summary.of_training(loop.train(settings, workdir, profile=_PROFILE.value)))
     else:
@@ -31,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, FLAGS)

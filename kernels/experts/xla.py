@@ -36,9 +36,8 @@ def make_plan(indices_XK, n_experts: int, capacity: int, block: int) -> Plan:
     n_pairs = indices_XK.size
     key_P = jnp.sort(indices_XK.reshape(-1) * n_pairs + jnp.arange(n_pairs, dtype=jnp.int32))
     order_P, expert_P = key_P % n_pairs, key_P // n_pairs
-    end_E = jnp.searchsorted(expert_P, jnp.arange(n_experts, dtype=jnp.int32), side="right").astype(jnp.int32)
-    start_E = jnp.concatenate([jnp.zeros(1, jnp.int32), end_E[:-1]])
-    count_E = end_E - start_E
+    count_E = jnp.zeros(n_experts, jnp.int32).at[indices_XK.reshape(-1)].add(1)
+    start_E = jnp.cumsum(count_E) - count_E
     rank_P = jnp.arange(n_pairs, dtype=jnp.int32) - start_E[expert_P]
     slot_P = jnp.zeros(n_pairs, jnp.int32).at[order_P].set(
         jnp.where(rank_P < capacity, expert_P * capacity + rank_P, -1), unique_indices=True)
@@ -52,7 +51,7 @@ def make_plan(indices_XK, n_experts: int, capacity: int, block: int) -> Plan:
 
 def _overflow_block(plan: Plan, i, capacity: int, block: int):
     """Expert and pairs of overflow block i; pairs beyond the expert's are masked."""
-    e = jnp.searchsorted(plan.block_end_E, i, side="right").astype(jnp.int32)
+    e = jnp.sum(plan.block_end_E <= i, dtype=jnp.int32)
     previous = jnp.where(e > 0, plan.block_end_E[jnp.maximum(e - 1, 0)], 0)
     rank_Z = capacity + (i - previous) * block + jnp.arange(block, dtype=jnp.int32)
     valid_Z = rank_Z < plan.count_E[e]
@@ -66,7 +65,7 @@ def capacity_and_block(n_pairs: int, n_experts: int) -> tuple[int, int]:
     Fewer slots send more rows through the slower loop, more compute empty ones.
     """
     mean = n_pairs / n_experts
-    return max(8, 8 * round(1.25 * mean / 8)), int(min(64, max(8, 2 ** round(math.log2(max(mean / 2, 1))))))
+    return max(8, 8 * round(1.25 * mean / 8)), int(min(256, max(8, 2 ** round(math.log2(max(mean / 2, 1))))))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))

@@ -151,11 +151,11 @@ def _shown(value) -> str:
 
 def _parse(path: Path, what: str, text: bytes) -> dict:
     def unique(pairs):
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise RequestError(f"{path}: {what} has the key {_shown(twice)} twice")
+        table = {}
+        for name, value in pairs:
+            if name in table:
+                raise RequestError(f"{path}: {what} has the key {_shown(name)} twice")
+            table[name] = value
         return table
 
     try:

@@ -13,12 +13,10 @@ from research.tree import paths
 
 
 def read_weights(folder: Path) -> tuple[config.Settings, dict]:
-    """Settings and {`params`, `routing`} of a workdir of ours (its newest intact checkpoint) or a Hugging Face folder."""
-    if huggingface.is_huggingface(folder):
-        settings = huggingface.read_settings(folder)
-        return huggingface.read_variables(folder, settings)
+    """Settings and {`params`, `routing`} of a workdir (its newest intact checkpoint) or a Hugging Face folder."""
     if not (folder / "checkpoints").is_dir():
-        raise RequestError(f"{folder} holds neither checkpoints/ nor *.safetensors")
+        settings = huggingface.read_settings(folder)
+        return settings, huggingface.read_variables(folder, settings)
     settings = config.read(folder)
     checkpoints = Checkpoints(folder / "checkpoints", settings.checkpoint.keep_last, settings.checkpoint.keep_best)
     step = checkpoints.newest_intact()

@@ -12,6 +12,8 @@ from research.model import rope
 from research.model.layers import Linear, RMSNorm
 from research.precision.matmul import Products
 
+LATENT_NORM_EPS = 1e-6  # the released implementations give rms_norm_eps to every norm but the two of the latents
+
 
 class MultiHeadLatentAttention(nn.Module):
     """Keys and values from one latent of width R a token, and one rotary key shared by all heads."""
@@ -25,7 +27,7 @@ class MultiHeadLatentAttention(nn.Module):
         B, T, D = x_BTD.shape
         N, H, P, J = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
         linear = partial(Linear, products=self.products, initializer_range=c.initializer_range)
-        norm = partial(RMSNorm, c.rms_norm_eps)
+        norm = partial(RMSNorm, LATENT_NORM_EPS)
 
         if c.q_lora_rank is None:
             q = linear(N * (H + P), name="q_proj")(x_BTD)

@@ -11,7 +11,7 @@ from research.precision.matmul import Products
 
 def shift_left(x_BT, k: int):
     """x at position i + k, zeros past the end."""
-    return jnp.pad(x_BT[:, k:], ((0, 0), (0, k)))
+    return jnp.pad(x_BT, ((0, 0), (0, k)))[:, k:]
 
 
 class MultiTokenModule(nn.Module):

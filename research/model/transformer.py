@@ -16,7 +16,7 @@ from research.model.attention import ATTENTION
 from research.model.layers import FeedForward, RMSNorm
 from research.model.moe import MixtureOfExperts
 from research.model.mtp import MultiTokenModule, shift_left
-from research.precision.matmul import Products
+from research.precision.matmul import Products, matmul
 
 
 class Block(nn.Module):
@@ -85,12 +85,13 @@ class Transformer(nn.Module):
             return embedding_VD[tokens].astype(self.products.dtype)
 
         def head(hidden_BTD):  # the head stays in 16 or 32 bits in every recipe
-            return jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV.astype(hidden_BTD.dtype),
-                              preferred_element_type=jnp.float32)
+            logits_XV = matmul(hidden_BTD.reshape(-1, c.hidden_size), head_DV, (hidden_BTD.dtype,) * 3)
+            return logits_XV.reshape(*hidden_BTD.shape[:2], c.vocab_size)
 
         def layers(name, length, x_BTD, **kwargs):
+            unroll = c.scan_unroll or (length if jax.default_backend() == "cpu" else 1)
             scan = nn.scan(block, length=length, variable_axes={"params": 0, "routing": 0},
-                           split_rngs={"params": True}, in_axes=nn.broadcast, unroll=c.scan_unroll)
+                           split_rngs={"params": True}, in_axes=nn.broadcast, unroll=unroll)
             return scan(c, self.products, name=name, **kwargs)(x_BTD, *inputs)
 
         n_dense = c.first_k_dense_replace if c.n_routed_experts else c.num_hidden_layers

@@ -1,13 +1,15 @@
-"""What a run says of itself: a JSON line and TensorBoard scalars for every step, a progress bar, where the time went."""
+"""What a run says of itself: a JSON line and TensorBoard scalars for every step, a progress bar, its time by phase."""
 
+import contextlib
 import json
 import os
+import socket
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
 PHASES = ("compile", "train", "data", "evaluate", "save")
@@ -19,7 +21,7 @@ class Clock:
     def __init__(self, seconds: dict | None = None):
         self.seconds = dict.fromkeys(PHASES, 0.0) | (seconds or {})
 
-    @contextmanager
+    @contextlib.contextmanager
     def phase(self, name: str):
         start = time.perf_counter()
         try:
@@ -36,8 +38,6 @@ class MetricsLog:
 
     def __init__(self, workdir: Path, step: int):
         """Cuts both back to `step`: what came later was not saved and will be done again."""
-        from tensorboardX import SummaryWriter  # slow to import, and only training needs it
-
         self.path = workdir / "metrics.jsonl"
         kept = [line for line in read_lines(self.path) if line["step"] <= step]
         temporary = self.path.with_suffix(".tmp")
@@ -48,37 +48,66 @@ class MetricsLog:
         temporary.replace(self.path)
         self.validated = {line["step"] for line in kept if line["split"] == "validation"}
         self._file = self.path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._board = Board(workdir / "tensorboard", step + 1)
 
     def write(self, line: dict) -> None:
         """Appends one line and its scalars; whole lines only, each handed to the system at once."""
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        for name, value in line.items():
-            for number, scalar in enumerate(value if isinstance(value, list) else [value], start=1):
-                if isinstance(scalar, int | float) and name != "step":
-                    tag = f"{line['split']}/{name}" + (f"/{number}" if isinstance(value, list) else "")
-                    self._board.add_scalar(tag, scalar, line["step"])
+        self._board.write(line["step"], {
+            f"{line['split']}/{name}" + (f"/{number}" if isinstance(value, list) else ""): scalar
+            for name, value in line.items() if name not in ("step", "split")
+            for number, scalar in enumerate(value if isinstance(value, list) else [value], start=1)})
 
     def sync(self) -> None:
         """Returns when every line is on the disk: a checkpoint may follow."""
-        self._file.flush()
         os.fsync(self._file.fileno())
-        self._board.flush()
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        with contextlib.suppress(OSError):  # each line was flushed; one that failed was reported then
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self._board.close()
+
+
+class Board:
+    """TensorBoard's event file of this process. Written at once and in this thread: a full disk is an error here."""
+
+    def __init__(self, folder: Path, first: int):
+        """`first`: the step from which on TensorBoard forgets what earlier files of the folder say."""
+        from tensorboardX.record_writer import RecordWriter  # slow to import, and only training needs it
+
+        folder.mkdir(exist_ok=True)
+        self._writer = RecordWriter(str(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"))
+        self._event(file_version="brain.Event:2")
+        self._event(step=first, session_log={"status": "START"})
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """One event with all scalars of a line."""
+        self._event(step=step, summary={"value": [
+            {"tag": tag, "simple_value": scalar} for tag, scalar in scalars.items()]})
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _event(self, **fields) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
+        self._writer.flush()
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The whole lines of a metrics file; a torn last one, left by a kill, is dropped."""
+    """The whole lines of a metrics file up to the first that is none: a torn last one, left by a kill, is dropped."""
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int) or "split" not in line:
+            break
+        lines.append(line)
     return lines
 
 
@@ -87,8 +116,30 @@ def to_plain(metrics: dict) -> dict:
     return {name: np.asarray(value).tolist() for name, value in metrics.items()}
 
 
-def progress(steps: int, done: int) -> tqdm:
-    """A bar with an ETA on stderr; where nobody watches (no terminal), a line every half minute."""
-    watched = sys.stderr.isatty()
-    return tqdm(total=steps, initial=done, unit="step", dynamic_ncols=watched, mininterval=0.5 if watched else 30,
-                file=sys.stderr)
+class Progress:
+    """How far a run is, on stderr: a bar with an ETA on a terminal, elsewhere a line every half minute."""
+
+    def __init__(self, steps: int, done: int):
+        self._steps, self._bar = steps, None
+        self._first, self._start, self._said = None, 0.0, 0.0  # of the lines: where and when the first step was done
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=steps, initial=done, dynamic_ncols=True, mininterval=0.5, file=sys.stderr,
+                bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
+
+    def update(self, step: int, text: str) -> None:
+        """`step` is done; `text` says how it went."""
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update()
+        elif self._first is None:
+            self._first, self._start, self._said = step, now, now
+        elif now - self._said >= 30:
+            self._said = now
+            left = (now - self._start) / (step - self._first) * (self._steps - step)
+            logging.info("step %d of %d: %s, %s left", step, self._steps, text, tqdm.format_interval(left))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

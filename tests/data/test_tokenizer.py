@@ -157,6 +157,8 @@ def test_bpe_is_trained_on_a_bounded_sample(monkeypatch: pytest.MonkeyPatch):
     sample = list(module._sample(DOCUMENTS))
     assert sum(map(len, sample)) == 500
     assert sample == list(module._sample(DOCUMENTS[::-1]))
+    renamed = [Document(f"{9 - n}.py", document.text) for n, document in enumerate(DOCUMENTS)]
+    assert sample == list(module._sample(renamed))
 
 
 def test_save_and_load_keep_everything(bpe: Tokenizer, tmp_path: Path):

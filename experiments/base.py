@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
     p.recipe = "float32"  # float32 | bfloat16: see research/precision/recipe.py
 
     c.data = d = ConfigDict()
-    d.source = "stdlib"  # stdlib: the running Python's own source files | files | huggingface
+    d.source = "stdlib"  # stdlib: the running Python's own source files without its tests | files | huggingface
     d.files = ""  # files: globs separated by commas: text, or JSON lines; .gz too
     d.text_field = "text"  # the field of a JSON line, or of a Hugging Face row, that holds the text
     d.huggingface_dataset = ""  # huggingface: the dataset's name

@@ -99,6 +99,7 @@ def our_steps(experts: int) -> tuple[bench_peer.Step, dict]:
     """
     import jax
 
+    from research import environment
     from research.model.build import make_model
     from research.training.step import init_state, make_train_step
 
@@ -106,6 +107,7 @@ def our_steps(experts: int) -> tuple[bench_peer.Step, dict]:
     model = make_model(settings)
     train_step = make_train_step(model, settings)
     state = jax.jit(lambda: init_state(model, settings))()
+    environment.pin_threads()
     whole = {
         "segments_BT": np.ones((BATCH, LENGTH), np.int32),
         "positions_BT": np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (BATCH, LENGTH)),

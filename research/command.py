@@ -1,5 +1,6 @@
 """How every command of this package starts and ends: process settings, flags, one-line errors, exit codes."""
 
+import itertools
 import logging
 import os
 import platform
@@ -94,7 +95,7 @@ def parse_flags(argv: list[str], values: flags.FlagValues) -> None:
         argv = values.read_flags_from_files(argv, force_gnu=False)
         _check_pairs(argv, values)
         if "config." in values:
-            argv = [re.sub(r"^--?config\.(?!=)", "--config.=", word) for word in argv]
+            argv = [re.sub(r"^--?config\.", "--config.=", word) for word in argv]
         rest = values(argv)
     except flags.UnrecognizedFlagError as error:
         raise RequestError(f"--{error.flagname} is not a flag{nearest(error.flagname, values, '--')}") from None
@@ -112,7 +113,7 @@ def usage(values: flags.FlagValues) -> str:
 
 def _check_pairs(argv: list[str], values: flags.FlagValues) -> None:
     """Refuses `--workdir --mode=eval`, where absl takes the second word for the directory's name, and `--config.x`."""
-    for word, following in zip(argv[1:], [*argv[2:], "--"], strict=True):
+    for word, following in itertools.pairwise([*argv[1:], "--"]):
         name = word.lstrip("-")
         if not word.startswith("-") or "=" in word:
             continue

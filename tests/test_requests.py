@@ -40,6 +40,7 @@ def flags(pattern: str, *words: str):
 
 WRONG = [
     # flags
+    flags("--workdir is required: "),
     flags("--workdir is required: ", SMOKE),
     flags("--workdir is required: ", SMOKE, "--workdir="),
     flags("--workdir has no value", SMOKE, "--workdir"),
@@ -81,7 +82,7 @@ WRONG = [
     flags("config.training.steps is missing in the experiment's config", "--config={data}/lacking.py",
           "--workdir={new}", "--config.training.steps=3"),
     # fields
-    field("model.n_expert=3", r"model\.n_expert=3 is not a field .* \(did you mean config\.model\.n_routed_experts\?\)"),
+    field("model.n_expert=3", r"model\.n_expert=3 is not a field .*did you mean config\.model\.n_routed_experts\?\)"),
     field("=3", r"=3 is not a field"),
     field("training.steps.x=3", r"training\.steps\.x=3 is not a field"),
     field("model=3", r"model=3 must be a group of fields: "),
@@ -164,20 +165,20 @@ WRONG = [
     *(flags(f"{{{name}}}/config.json{pattern}", "--mode=eval", f"--workdir={{{name}}}") for name, pattern in (
         ("torn", " is not JSON: "), ("listed", ": must be a JSON object, not list"),
         ("newer", r": config\.model\.hidden_sise=32 is not a field .*hidden_size"),
-        ("older", r": config\.training\.seed is missing"), ("odd", r": config\.model\.n_group=3 does not divide "))),
+        ("older", r": config\.training\.seed is missing"), ("odd", r": config\.model\.num_hidden_layers=0 must be at least 1"))),
     flags("{tokenless}/tokenizer.json cannot be read: No such file", "--mode=eval", "--workdir={tokenless}"),
-    flags("{mistoken}/tokenizer.json or tokenizer_config.json beside it is not JSON", "--mode=eval",
+    flags("{mistoken}/tokenizer.json: not a tokenizer.json: ", "--mode=eval",
           "--workdir={mistoken}"),
     # checkpoints
     *(pytest.param(["{micro}", f"--config.{change}"], pattern, id=f"resume {change}") for change, pattern in (
         ("model.hidden_size=40", r"{run}/checkpoints/2 belongs to another model: .*\(2, 32, .* in the checkpoint"),
-        ("model.n_routed_experts=4", r"{run}/checkpoints/2 belongs to another model: "),
+        ("model.num_hidden_layers=3", r"{run}/checkpoints/2 belongs to another model: "),
         ("training.ema_decay=0", r"{run}/checkpoints/2 belongs to another model: the model lacks ema/"),
         ("optimizer.name=muon", r"{run}/checkpoints/2 belongs to another model: "),
         ("data.max_documents=29", r"the checkpoint was trained on another corpus "),
         ("training.steps=1", r"config\.training\.steps=1 is less than what is done: {run}/checkpoints/2"))),
-    field("checkpoint.initialize_from={data}/nowhere", r"checkpoint\.initialize_from=.*nowhere"),
-    field("checkpoint.initialize_from={data}", r"checkpoint\.initialize_from='{data}'"),
+    field("checkpoint.initialize_from={data}/nowhere", r"checkpoint\.initialize_from='{data}/nowhere' cannot be used: .* does not exist"),
+    field("checkpoint.initialize_from={data}", r"checkpoint\.initialize_from='{data}' cannot be used: .* holds neither "),
     field("checkpoint.initialize_from={damaged}", r"checkpoint\.initialize_from='{damaged}' .*holds no intact"),
     field("checkpoint.initialize_from={run}", r"checkpoint\.initialize_from='{run}' is of another model: "),
     field("checkpoint.initialize_from={pickled}", r"checkpoint\.initialize_from='{pickled}' .*pickle"),
@@ -197,18 +198,20 @@ def places(tmp_path_factory) -> dict[str, str]:
         "good.jsonl": "\n".join(rows), "nameless.jsonl": rows[0] + '\n{"body": "x"}\n', "plain.txt.gz": "no gzip",
         "numeric.jsonl": '{"text": 3}\n', "torn.jsonl": rows[0] + "\n" + rows[1][:20], "wrong.json": '{"a": 1}',
         "short.jsonl": "\n".join(rows[:20]), "truncated.txt.gz": compressed[: len(compressed) // 2],
-        "syntax.py": "def get_config():\n    retrun 3\n", "empty.py": "", "number.py": "def get_config():\n    return 3\n",
+        "syntax.py": "def get_config():\n    retrun 3\n", "empty.py": "",
+        "number.py": "def get_config():\n    return 3\n",
         "raises.py": "from experiments import base\n\ndef get_config():\n    return 1 / 0\n", "binary.py": b"\0\1\2",
         "imports.py": "import experiments.nonexistent\n",
         "extra.py": "from experiments import base\n\ndef get_config():\n    c = base.get_config()\n    c.unlock()\n"
                     "    c.model.colour = 3\n    return c\n",
         "lacking.py": "from experiments import base\n\ndef get_config():\n    c = base.get_config()\n    c.unlock()\n"
-                      "    del c.training.steps\n    return c\n",
+                      "    del c.training.steps\n    return c.lock()\n",
     }.items():
         (data / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
     run = root / "run"
-    fields = {"training.steps": 2, "evaluation.every_steps": 0, "evaluation.samples": 0}
+    fields = {"training.steps": 2, "evaluation.every_steps": 0, "evaluation.samples": 0, "model.n_routed_experts": 0,
+              "mtp.num_nextn_predict_layers": 0}  # dense: it compiles in a moment
     loop.train(runs.settings_of(cache, **fields), run)
     for name in ("damaged", "torn", "listed", "newer", "older", "odd", "tokenless", "mistoken"):
         shutil.copytree(run, root / name)
@@ -219,7 +222,7 @@ def places(tmp_path_factory) -> dict[str, str]:
     (root / "torn/config.json").write_text(text[:100])
     (root / "listed/config.json").write_text("[1]")
     (root / "newer/config.json").write_text(text.replace("hidden_size", "hidden_sise"))
-    (root / "odd/config.json").write_text(text.replace('"n_group": 1', '"n_group": 3'))
+    (root / "odd/config.json").write_text(text.replace('"num_hidden_layers": 2', '"num_hidden_layers": 0'))
     del plain["training"]["seed"]
     (root / "older/config.json").write_text(json.dumps(plain))
     (root / "tokenless/tokenizer.json").unlink()
@@ -295,9 +298,9 @@ def test_a_real_process_answers_in_one_line(places, tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h", "--helpfull"])
-def test_help(flag, ask):
-    code, out, err = ask([flag])
-    assert (code, err) == (0, "")
+def test_help(flag, tmp_path):
+    code, out, err = runs.finish(runs.start([sys.executable, "-m", "research.main", flag], tmp_path))
+    assert (code, err) == (0, "") and out.startswith(main.__doc__)
     for name in ("config", "workdir", "mode", "profile"):
         assert re.search(rf"--(\[no\])?{name}: ", out)
 

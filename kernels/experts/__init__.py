@@ -15,5 +15,5 @@ def experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, *,
     """
     if implementation == "reference":
         return reference.experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK)
-    capacity, block = xla.capacity_and_block(indices_XK.size, gate_EDF.shape[0])
-    return xla.experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, block, formats)
+    capacity, blocks = xla.capacity_and_blocks(indices_XK.size, gate_EDF.shape[0])
+    return xla.experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, blocks, formats)

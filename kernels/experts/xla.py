@@ -1,13 +1,12 @@
 """Dropless experts at a cost that does not grow with their number, in plain XLA.
 
-Every expert has C slots, filled with its first C tokens and computed as one batched product. What does not
-fit is computed exactly by a loop over blocks of rows of one expert. The loop's length follows the
-router, so that a balanced router pays for no block and a collapsed one is still exact.
+Every expert has C slots, filled with its first C tokens and computed as one batched product. What does not fit is
+computed exactly by loops over blocks of rows of one expert, whole large blocks first, then the rest in small ones.
+The loops' lengths follow the router, so that a balanced router pays for few blocks and a collapsed one is still exact.
 
 Letters beside the house's: `X` tokens (B*T), `P` pairs (X*K), `C` slots an expert, `S` slots of all (E*C), `Z` rows
-of an overflow block.
-The backward pass is written by hand so that every movement of rows is a gather: XLA's transpose of a gather is a
-scatter, which is serial on a CPU.
+of an overflow block. The backward pass is written by hand so that the movement of rows into and out of slots is a
+gather: XLA's transpose of a gather is a scatter, which is serial on a CPU.
 """
 
 import math
@@ -28,10 +27,11 @@ class Plan(NamedTuple):
     order_P: jax.Array  # pairs sorted by expert
     start_E: jax.Array  # where each expert's pairs start in `order_P`
     count_E: jax.Array  # pairs of each expert
-    block_end_E: jax.Array  # cumulated number of overflow blocks
+    skipped_E: tuple[jax.Array, ...]  # for each size of blocks: pairs of an expert that come before them
+    block_end_E: tuple[jax.Array, ...]  # for each size of blocks: their cumulated number
 
 
-def make_plan(indices_XK, n_experts: int, capacity: int, block: int) -> Plan:
+def make_plan(indices_XK, n_experts: int, capacity: int, blocks: tuple[int, ...]) -> Plan:
     """Sorts the pairs by expert, stably: the first tokens of the batch get the slots."""
     n_pairs = indices_XK.size
     key_P = jnp.sort(indices_XK.reshape(-1) * n_pairs + jnp.arange(n_pairs, dtype=jnp.int32))
@@ -44,34 +44,47 @@ def make_plan(indices_XK, n_experts: int, capacity: int, block: int) -> Plan:
     column_C = jnp.arange(capacity, dtype=jnp.int32)
     pair_EC = jnp.where(column_C < count_E[:, None],
                         order_P[jnp.minimum(start_E[:, None] + column_C, n_pairs - 1)], n_pairs)
-    blocks_E = (jnp.maximum(count_E - capacity, 0) + block - 1) // block
     slot_XK = slot_P.reshape(indices_XK.shape)
-    return Plan(pair_EC, jnp.maximum(slot_XK, 0), slot_XK >= 0, order_P, start_E, count_E, jnp.cumsum(blocks_E))
+    skipped_E, ends_E, done_E = [], [], jnp.minimum(count_E, capacity)
+    for block in blocks:
+        whole = block != blocks[-1]  # only the smallest blocks may be partly filled
+        number_E = (count_E - done_E + (0 if whole else block - 1)) // block
+        skipped_E.append(done_E)
+        ends_E.append(jnp.cumsum(number_E))
+        done_E = done_E + number_E * block
+    return Plan(pair_EC, jnp.maximum(slot_XK, 0), slot_XK >= 0, order_P, start_E, count_E, tuple(skipped_E),
+                tuple(ends_E))
 
 
-def _overflow_block(plan: Plan, i, capacity: int, block: int):
-    """Expert and pairs of overflow block i; pairs beyond the expert's are masked."""
-    e = jnp.sum(plan.block_end_E <= i, dtype=jnp.int32)
-    previous = jnp.where(e > 0, plan.block_end_E[jnp.maximum(e - 1, 0)], 0)
-    rank_Z = capacity + (i - previous) * block + jnp.arange(block, dtype=jnp.int32)
-    valid_Z = rank_Z < plan.count_E[e]
-    pair_Z = plan.order_P[jnp.minimum(plan.start_E[e] + rank_Z, plan.order_P.size - 1)]
-    return e, pair_Z, valid_Z
+def _overflow(plan: Plan, blocks: tuple[int, ...], add, carry):
+    """Folds add(carry, expert, pairs_Z, valid_Z) over all overflow blocks; pairs beyond the expert's are invalid."""
+    for block, skipped_E, end_E in zip(blocks, plan.skipped_E, plan.block_end_E, strict=True):
+        def body(i, carry, block=block, skipped_E=skipped_E, end_E=end_E):
+            e = jnp.sum(end_E <= i, dtype=jnp.int32)
+            previous = jnp.where(e > 0, end_E[jnp.maximum(e - 1, 0)], 0)
+            rank_Z = skipped_E[e] + (i - previous) * block + jnp.arange(block, dtype=jnp.int32)
+            pair_Z = plan.order_P[jnp.minimum(plan.start_E[e] + rank_Z, plan.order_P.size - 1)]
+            return add(carry, e, pair_Z, rank_Z < plan.count_E[e])
+
+        carry = lax.fori_loop(0, end_E[-1], body, carry)
+    return carry
 
 
-def capacity_and_block(n_pairs: int, n_experts: int) -> tuple[int, int]:
-    """Slots an expert and rows an overflow block: 1.25 times the mean load, and about half of it.
+def capacity_and_blocks(n_pairs: int, n_experts: int) -> tuple[int, tuple[int, ...]]:
+    """Slots an expert, 1.25 times the mean load, and the sizes of overflow blocks, largest first.
 
-    Fewer slots send more rows through the slower loop, more compute empty ones.
+    Fewer slots send more rows through the slower loops, more compute empty ones. Large blocks multiply faster, small
+    ones waste less of the last one of each expert.
     """
     mean = n_pairs / n_experts
-    return max(8, 8 * round(1.25 * mean / 8)), int(min(256, max(8, 2 ** round(math.log2(max(mean / 2, 1))))))
+    small = min(64, max(8, 2 ** round(math.log2(max(mean / 2, 1)))))
+    return max(8, 8 * round(1.25 * mean / 8)), (256, small) if n_pairs >= 1024 else (small,)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, block, formats):
-    """Equal to the reference in any split; see `capacity_and_block` for the two numbers. Returns float32 y_XD."""
-    return _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, block, formats)[0]
+def experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, blocks, formats):
+    """Equal to the reference in any split; see `capacity_and_blocks` for the two numbers. Returns float32 y_XD."""
+    return _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, blocks, formats)[0]
 
 
 def _product(spec, a, b, dtype):
@@ -79,11 +92,11 @@ def _product(spec, a, b, dtype):
     return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
 
 
-def _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, block, formats):
+def _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, blocks, formats):
     X, D = x_XD.shape
     K = indices_XK.shape[1]
     product = partial(_product, dtype=formats[0])
-    plan = make_plan(indices_XK, gate_EDF.shape[0], capacity, block)
+    plan = make_plan(indices_XK, gate_EDF.shape[0], capacity, blocks)
     x_ECD = x_XD[jnp.minimum(plan.pair_EC // K, X - 1)]  # an empty slot computes the last token and nobody reads it
     g_ECF = product("ECD,EDF->ECF", x_ECD, gate_EDF)
     u_ECF = product("ECD,EDF->ECF", x_ECD, up_EDF)
@@ -91,15 +104,14 @@ def _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity,
     weights_fit_XK = jnp.where(plan.fits_XK, weights_XK, 0)
     y_XD = sum(weights_fit_XK[:, k, None] * y_SD[plan.slot_XK[:, k]] for k in range(K))
 
-    def add_block(i, y_XD):
-        e, pair_Z, valid_Z = _overflow_block(plan, i, capacity, block)
+    def add_block(y_XD, e, pair_Z, valid_Z):
         token_Z = pair_Z // K
         x_ZD = x_XD[token_Z]
         a_ZF = jax.nn.silu(product("ZD,DF->ZF", x_ZD, gate_EDF[e])) * product("ZD,DF->ZF", x_ZD, up_EDF[e])
         weight_Z = jnp.where(valid_Z, weights_XK.reshape(-1)[pair_Z], 0)
         return y_XD.at[token_Z].add(weight_Z[:, None] * product("ZF,FD->ZD", a_ZF, down_EFD[e]))
 
-    y_XD = lax.fori_loop(0, plan.block_end_E[-1], add_block, y_XD)
+    y_XD = _overflow(plan, blocks, add_block, y_XD)
     kept = g_ECF.astype(x_XD.dtype), u_ECF.astype(x_XD.dtype)
     return y_XD, (x_XD, gate_EDF, up_EDF, down_EFD, weights_XK, plan, *kept)
 
@@ -110,7 +122,7 @@ def _swiglu_backward(g, u, da):
     return da * u * s * (1 + g * (1 - s)), da * g * s
 
 
-def _backward(capacity, block, formats, residuals, dy_XD):
+def _backward(capacity, blocks, formats, residuals, dy_XD):
     x_XD, gate_EDF, up_EDF, down_EFD, weights_XK, plan, g_ECF, u_ECF = residuals
     X, D = x_XD.shape
     K = weights_XK.shape[1]
@@ -132,9 +144,8 @@ def _backward(capacity, block, formats, residuals, dy_XD):
     dx_XD = sum(jnp.where(plan.fits_XK[:, k, None], dx_SD[plan.slot_XK[:, k]], 0) for k in range(K))
     dweight_XK = jnp.where(plan.fits_XK, dweight_S[plan.slot_XK], 0)
 
-    def add_block(i, carry):
+    def add_block(carry, e, pair_Z, valid_Z):
         dx_XD, dgate_EDF, dup_EDF, ddown_EFD, dweight_P = carry
-        e, pair_Z, valid_Z = _overflow_block(plan, i, capacity, block)
         token_Z = pair_Z // K
         x_ZD, dy_ZD = x_XD[token_Z], dy_XD[token_Z]
         weight_Z1 = jnp.where(valid_Z, weight_P[pair_Z], 0)[:, None]
@@ -152,7 +163,7 @@ def _backward(capacity, block, formats, residuals, dy_XD):
         )
 
     carry = (dx_XD, dgate_EDF, dup_EDF, ddown_EFD, dweight_XK.reshape(-1))
-    dx_XD, dgate_EDF, dup_EDF, ddown_EFD, dweight_P = lax.fori_loop(0, plan.block_end_E[-1], add_block, carry)
+    dx_XD, dgate_EDF, dup_EDF, ddown_EFD, dweight_P = _overflow(plan, blocks, add_block, carry)
     return dx_XD.astype(x_XD.dtype), dgate_EDF, dup_EDF, ddown_EFD, None, dweight_P.reshape(weights_XK.shape)
 
 

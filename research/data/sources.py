@@ -17,7 +17,8 @@ from typing import Any
 
 from research.errors import RequestError
 
-_NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
+# not the library, or its tests: three fifths of the text where they are installed, absent from many Pythons
+_NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _stdlib(data: Any) -> Iterator[Document]:
         try:
             text = (root / name).read_bytes().decode()
         except (OSError, UnicodeDecodeError):
-            continue  # the library's own tests hold files in other encodings, on purpose
+            continue
         if text.strip():
             yield Document(name, text)
 

@@ -28,7 +28,10 @@ def read_weights(folder: Path) -> tuple[config.Settings, dict]:
 def initial_variables(model, settings) -> dict:
     """The weights of `checkpoint.initialize_from`, checked against the model that is to start from them."""
     folder = Path(settings.checkpoint.initialize_from).expanduser()
-    _, saved = read_weights(folder)
+    try:
+        _, saved = read_weights(folder)
+    except RequestError as error:
+        raise RequestError.field("checkpoint.initialize_from", str(folder), f"cannot be used: {error}") from None
     expected = paths(jax.eval_shape(lambda: init_variables(model, settings, 0)))
     found = paths({"params": saved["params"], "routing": saved["routing"]})
     wrong = [f"{name} is {found[name].shape} there and {leaf.shape} here" if name in found else f"it lacks {name}"

@@ -47,6 +47,7 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False) -> di
             batches.set_state(record["data"])
         step, tokens = int(state["step"]), record.get("tokens", 0)
         first = step + 1
+        environment.pin_threads()
         peak = environment.matmul_peak()
         write_files(settings, workdir, corpus, peak)
         clock = Clock(record.get("seconds"))

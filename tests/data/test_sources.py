@@ -50,6 +50,8 @@ def test_stdlib_leaves_out_what_is_blank_undecodable_or_not_the_librarys(tmp_pat
         "notes.txt": b"no",
         "site-packages/x.py": b"x",
         "a/__pycache__/y.py": b"y",
+        "test/test_b.py": b"z",
+        "a/tests/test_c.py": b"z",
     }.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)

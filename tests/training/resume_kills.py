@@ -2,12 +2,13 @@
 
     python -m tests.training.resume_kills --kills=100 [--seed=0] [--folder=DIR]
 
-Each kill comes at a random moment of a process's life, half of them from its start on, half from its first step on.
-A run that is done is compared and begun anew until all kills are spent. Prints what each kill met, and a table of the
-phases at the end; exits with 1 where a run differs. About 5 s a kill on two cores.
+A kill comes within a fifth of a second of a random line of the metrics that is still to be written, one in four
+while the process starts. A run that is done is compared and begun anew until all kills are spent. Prints what each
+kill met, and how often which phase at the end; exits with 1 where a run differs. About 10 s a kill on two cores.
 """
 
 import collections
+import functools
 import random
 import shutil
 import signal
@@ -26,13 +27,13 @@ _KILLS = flags.DEFINE_integer("kills", 100, "How many processes to kill.", flag_
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments.", flag_values=FLAGS)
 _FOLDER = flags.DEFINE_string("folder", None, "Where the runs are written and left; without it in a temporary one.",
                               FLAGS)
-FIELDS = {"training.steps": 60, "checkpoint.every_steps": 4, "evaluation.every_steps": 10}
+FIELDS = {"training.steps": 40, "training.batch_ramp_start": 2, "training.batch_ramp_until": 0.5,
+          "checkpoint.every_steps": 4, "evaluation.every_steps": 10}
+STARTING = 0.25  # share of the kills that come before a process's first step
 
 
-def phase(workdir: Path, before: int, fields: dict) -> str:
-    """What a run is doing, by its files; `before`: the bytes of its metrics when this process began."""
-    if size(workdir) == before:
-        return "starting"
+def phase(workdir: Path, fields: dict) -> str:
+    """What a run that has begun to step is doing, by its files."""
     if any((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp")):
         return "saving"
     try:
@@ -44,26 +45,32 @@ def phase(workdir: Path, before: int, fields: dict) -> str:
     return "finishing" if last["step"] == fields["training.steps"] else "training"
 
 
-def size(workdir: Path) -> int:
-    """Bytes of metrics.jsonl."""
+def count(workdir: Path) -> int:
+    """Whole lines of metrics.jsonl."""
     path = workdir / "metrics.jsonl"
-    return path.stat().st_size if path.exists() else 0
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def live(workdir: Path, cache: Path, fields: dict, from_step: bool, delay: float) -> str | None:
-    """One process, killed `delay` seconds after its start or its first step. The phase it was in; None when done."""
+def live(workdir: Path, cache: Path, fields: dict, moments: random.Random | None, lines: int, startup: float):
+    """One process, killed at a moment that `moments` chooses, of `lines` and `startup` seconds in peace.
+
+    Returns the phase it was killed in; None when it was done before, or `moments` is None. Raises RunError for any
+    other end.
+    """
     process = runs.start(runs.arguments(workdir, cache, **fields), cache)
-    before = size(workdir)
-    moment = None if from_step else time.monotonic() + delay
-    met = None
+    begun, written, moment, met = count(workdir), 0, None, None
+    if moments is not None:
+        in_start, part, delay = moments.random() < STARTING, moments.random(), moments.uniform(0, 0.2)
+        if in_start:
+            moment = time.monotonic() + part * startup
     while process.poll() is None:
-        if moment is None and size(workdir) > before:
+        written, begun = count(workdir) - begun, min(begun, count(workdir))  # it cuts them back to its checkpoint
+        if moments is not None and moment is None and written > part * (lines - begun):
             moment = time.monotonic() + delay
         if moment is not None and time.monotonic() >= moment:
-            met = phase(workdir, before, fields)
+            met = phase(workdir, fields) if written > 0 else "starting"
             process.send_signal(signal.SIGKILL)
             break
-        before = min(before, size(workdir))  # it cuts its metrics back to its checkpoint
         time.sleep(0.002)
     code, _, err = runs.finish(process)
     if code == -signal.SIGKILL:
@@ -73,45 +80,29 @@ def live(workdir: Path, cache: Path, fields: dict, from_step: bool, delay: float
     return None
 
 
-def reference(workdir: Path, cache: Path, fields: dict) -> tuple[float, float]:
-    """Trains in peace. Seconds of the whole process, and from its first step on."""
-    start, first = time.monotonic(), None
-    process = runs.start(runs.arguments(workdir, cache, **fields), cache)
-    while process.poll() is None:
-        first = first or (time.monotonic() if size(workdir) else None)
-        time.sleep(0.002)
-    code, _, err = runs.finish(process)
-    if code:
-        raise RunError(f"the run in peace ended with {code}: {err[-500:]}")
-    return time.monotonic() - start, time.monotonic() - (first or start)
-
-
 def kill_and_compare(folder: Path, kills: int, seed: int, fields: dict, say=print) -> collections.Counter:
     """Spends the kills on one run after another. Returns the phases they met; raises RunError where a run differs."""
-    cache, peace, workdir = folder / "cache", folder / "peace", folder / "killed"
-    reference(peace, cache, fields)  # compiles everything
-    again = folder / "again"
-    whole, training = reference(again, cache, fields)  # from the cache of compiled programs, as every restart
+    cache, peace, again, workdir = (folder / name for name in ("cache", "peace", "again", "killed"))
+    live(peace, cache, fields, None, 0, 0)  # compiles everything
+    begin = time.time()
+    live(again, cache, fields, None, 0, 0)  # from the cache of compiled programs, as every restart
     compare(again, peace)
-    say(f"undisturbed, compiled anew and from the cache: equal; {whole:.1f} s a process, {training:.1f} s from its "
-        "first step on")
-    moments, met, left = random.Random(seed), collections.Counter(), kills
-    done = 0
-    while left or workdir.exists():
-        from_step = moments.random() < 0.5
-        delay = moments.uniform(0, training if from_step else whole)
-        where = live(workdir, cache, fields, from_step, delay if left else 3600)
+    lines, startup = count(peace), (again / "environment.json").stat().st_mtime - begin
+    say(f"in peace, compiled anew and from the cache: equal; {startup:.1f} s to start a process of "
+        f"{time.time() - begin:.1f} s")
+    moments, met, done = random.Random(seed), collections.Counter(), 0
+    while met.total() < kills or workdir.exists():
+        where = live(workdir, cache, fields, moments if met.total() < kills else None, lines, startup)
         if where is None:
             compare(workdir, peace)
             shutil.rmtree(workdir)
             done += 1
-            say(f"run {done} is done and equal, {sum(met.values())} kills so far")
+            say(f"run {done} is done and equal after {met.total()} kills")
         else:
-            left -= 1
             met[where] += 1
-            say(f"kill {sum(met.values())} of {kills}: {where}; checkpoints {', '.join(saved(workdir)) or 'none'}")
-    say(f"{kills} kills, {done} runs, all equal bit for bit: "
-        + ", ".join(f"{count} {name}" for name, count in met.most_common()))
+            say(f"kill {met.total()} of {kills}: {where}; checkpoints {', '.join(saved(workdir)) or 'none'}")
+    say(f"{kills} kills in {done} runs, all equal bit for bit: "
+        + ", ".join(f"{number} {name}" for name, number in met.most_common()))
     return met
 
 
@@ -131,7 +122,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(_FOLDER.value or temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        kill_and_compare(folder, _KILLS.value, _SEED.value, FIELDS)
+        kill_and_compare(folder, _KILLS.value, _SEED.value, FIELDS, say=functools.partial(print, flush=True))
 
 
 if __name__ == "__main__":

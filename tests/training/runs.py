@@ -16,12 +16,11 @@ from research.training.step import init_state
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENT = "experiments/nano.py:smoke"
-MICRO = {  # everything that a state can hold, and every kind of step: an average, a ramp, fill-in-the-middle
+MICRO = {  # with all that a state can hold
     "model.hidden_size": 32, "model.intermediate_size": 32, "model.num_attention_heads": 2, "model.n_routed_experts": 8,
     "model.moe_intermediate_size": 16, "model.num_hidden_layers": 2, "model.num_experts_per_tok": 2,
     "data.sequence_length": 32, "data.max_documents": 30, "data.validation_fraction": 0.1, "data.fim_rate": 0.2,
-    "training.steps": 12, "training.batch_size": 4, "training.batch_ramp_start": 2, "training.batch_ramp_until": 0.5,
-    "training.ema_decay": 0.9, "optimizer.moment_dtype": "bfloat16",
+    "training.steps": 12, "training.batch_size": 4, "training.ema_decay": 0.9, "optimizer.moment_dtype": "bfloat16",
     "evaluation.every_steps": 6, "evaluation.batches": 2, "evaluation.batch_size": 32, "evaluation.sample_tokens": 4,
     "checkpoint.every_steps": 3,
 }
@@ -35,13 +34,13 @@ def arguments(workdir: Path, cache: Path, **fields) -> list[str]:
             *(f"--config.{name}={value}" for name, value in values.items())]
 
 
-def start(command: list[str], cache: Path, **options) -> subprocess.Popen:
-    """The process of a command, whose compiled programs are kept in `cache`."""
-    environment = os.environ | {
+def start(command: list[str], cache: Path, **variables: str) -> subprocess.Popen:
+    """The process of a command, whose compiled programs are kept in `cache`; `variables` of its environment."""
+    environment = os.environ | variables | {
         "JAX_COMPILATION_CACHE_DIR": str(cache / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:

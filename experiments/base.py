@@ -86,7 +86,7 @@ def get_config() -> ConfigDict:
     d.tokenizer = "bpe"  # bytes | bpe: trained on the corpus | path of a tokenizer.json or of a folder with one
     d.bpe_vocab_size = 4096
     d.cache = "~/.cache/parsimony"  # tokenizers and token files; safe to delete
-    d.validation_fraction = 0.02  # of the documents, by a hash of their content
+    d.validation_fraction = 0.05  # of the documents, by a hash of their content
     d.sequence_length = 256
     d.mask_documents = True  # attention never crosses documents; V3's pre-training did not mask
     d.fim_rate = 0.0  # share of the documents turned to fill-in-the-middle (prefix, suffix, middle); V3: 0.1

@@ -14,10 +14,10 @@ def get_config(arms: str = ""):
         hidden_size=192, intermediate_size=512, num_attention_heads=4, kv_lora_rank=96, qk_nope_head_dim=48,
         qk_rope_head_dim=16, v_head_dim=48, moe_intermediate_size=96, initializer_range=0.02))
     c.data.sequence_length = 256
-    c.training.steps = 5000
-    c.training.batch_size = 8
+    c.training.steps = 1800
+    c.training.batch_size = 4
     c.optimizer.learning_rate = 3e-3
     c.optimizer.warmup_fraction = 0.02
-    c.evaluation.every_steps = 500
-    c.checkpoint.every_steps = 500
+    c.evaluation.every_steps = 300
+    c.checkpoint.every_steps = 300
     return base.select(c, arms)

@@ -106,7 +106,7 @@ def our_steps(experts: int) -> tuple[bench_peer.Step, dict]:
     settings = our_settings(experts)
     model = make_model(settings)
     train_step = make_train_step(model, settings)
-    state = jax.jit(lambda: init_state(model, settings))()
+    state = init_state(model, settings)
     environment.pin_threads()
     whole = {
         "segments_BT": np.ones((BATCH, LENGTH), np.int32),

@@ -20,7 +20,7 @@ from research import config
 from research.command import run
 from research.errors import RequestError, RunError
 from research.interop.weights import read_weights
-from research.model.build import init_variables, make_model
+from research.model.build import make_model, variable_shapes
 from research.precision.recipe import RECIPES
 from research.tree import paths
 
@@ -154,7 +154,7 @@ def _read(checkpoint: Path):
     if settings.model.vocab_size is None:
         raise RequestError(f"{checkpoint / 'config.json'}: config.model.vocab_size=None must be a whole number")
     variables = {"params": saved["params"], "routing": saved["routing"]}
-    expected = paths(jax.eval_shape(lambda: init_variables(make_model(settings), settings, 0)))
+    expected = paths(variable_shapes(make_model(settings), settings))
     found = paths(variables)
     for name in sorted(expected.keys() | found.keys()):
         want, have = (tuple(leaves[name].shape) if name in leaves else "absent" for leaves in (expected, found))

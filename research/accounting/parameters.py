@@ -2,13 +2,13 @@
 
 import jax
 
-from research.model.build import init_variables, make_model
+from research.model.build import make_model, variable_shapes
 from research.tree import paths
 
 
 def shapes(settings) -> dict:
     """{`path`: ShapeDtypeStruct} of every parameter of the settings' model."""
-    return paths(jax.eval_shape(lambda: init_variables(make_model(settings), settings, 0)["params"]))
+    return paths(variable_shapes(make_model(settings), settings)["params"])
 
 
 def count(settings) -> dict:

@@ -16,7 +16,7 @@ from research.config import Settings, check, flatten, nearest
 from research.errors import RequestError
 from research.interop.names import TOP, copies, places
 from research.interop.tensors import FLOATS, Tensor, list_tensors, read_json
-from research.model.build import init_variables, make_model
+from research.model.build import make_model, variable_shapes
 from research.tree import map_paths, paths
 
 REQUIRED = object()
@@ -95,7 +95,7 @@ def read_variables(folder: Path, settings: Settings) -> dict:
         raise RequestError(f"{folder} holds FP8 weights ({quantised[0]} and {len(quantised) - 1} other tensors): "
                            f"weights must be {', '.join(FLOATS)}")
     _check_counts(folder / "config.json", settings.model, settings.mtp.num_nextn_predict_layers, len(tensors))
-    template = jax.eval_shape(lambda: init_variables(make_model(settings), settings, 0))
+    template = variable_shapes(make_model(settings), settings)
     placed = {place.name: (path, place, leaf.shape[len(place.index):]) for path, leaf in paths(template).items()
               for place in places(path.split("/", 1)[1], leaf.shape, settings.model)}
     repeated = copies(settings)

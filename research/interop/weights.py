@@ -7,7 +7,7 @@ import jax
 from research import config
 from research.errors import RequestError
 from research.interop import huggingface
-from research.model.build import init_variables
+from research.model.build import variable_shapes
 from research.training.checkpoint import Checkpoints
 from research.tree import paths
 
@@ -32,7 +32,7 @@ def initial_variables(model, settings) -> dict:
         _, saved = read_weights(folder)
     except RequestError as error:
         raise RequestError.field("checkpoint.initialize_from", str(folder), f"cannot be used: {error}") from None
-    expected = paths(jax.eval_shape(lambda: init_variables(model, settings, 0)))
+    expected = paths(variable_shapes(model, settings))
     found = paths({"params": saved["params"], "routing": saved["routing"]})
     wrong = [f"{name} is {found[name].shape} there and {leaf.shape} here" if name in found else f"it lacks {name}"
              for name, leaf in expected.items() if name not in found or found[name].shape != leaf.shape]

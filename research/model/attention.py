@@ -5,7 +5,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from kernels.attention import attention
 from research.model import rope
@@ -33,13 +32,13 @@ class MultiHeadLatentAttention(nn.Module):
             q = linear(N * (H + P), name="q_proj")(x_BTD)
         else:
             query_latent = norm(name="q_a_layernorm")(linear(c.q_lora_rank, name="q_a_proj")(x_BTD))
-            q = checkpoint_name(linear(N * (H + P), name="q_b_proj")(query_latent), "up_projection")
+            q = linear(N * (H + P), name="q_b_proj")(query_latent)
         q_BTNH, q_rope_BTNP = jnp.split(q.reshape(B, T, N, H + P), [H], axis=-1)
 
         latent, rope_key = jnp.split(linear(c.kv_lora_rank + P, name="kv_a_proj_with_mqa")(x_BTD),
                                      [c.kv_lora_rank], axis=-1)
         latent_BTR = norm(name="kv_a_layernorm")(latent)
-        kv = checkpoint_name(linear(N * (H + J), name="kv_b_proj")(latent_BTR), "up_projection")
+        kv = linear(N * (H + J), name="kv_b_proj")(latent_BTR)
         k_BTNH, v_BTNJ = jnp.split(kv.reshape(B, T, N, H + J), [H], axis=-1)
 
         cos, sin = rope.rotation(positions_BT, P, c.rope_theta, c.rope_scaling)

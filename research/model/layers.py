@@ -11,7 +11,7 @@ def rms_norm(x, scale, eps: float):
     """x / rms(x) * scale over the last axis, in float32 whatever x is; returns x's dtype."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    return (y * scale).astype(x.dtype)
+    return (y * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -35,7 +35,8 @@ class Linear(nn.Module):
         init = nn.initializers.normal(self.initializer_range)
         y = self.products.linear(x, self.param("kernel", init, (x.shape[-1], self.features), jnp.float32))
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(y.dtype)
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(y.dtype)
+            y = y + jnp.expand_dims(bias, range(y.ndim - 1))
         return y
 
 

@@ -20,13 +20,14 @@ def choose_experts(affinity_XE, bias_E, config):
     """
     score_XE = jax.lax.stop_gradient(affinity_XE)
     if bias_E is not None:
-        score_XE = score_XE * bias_E if config.bias_form == "multiplicative" else score_XE + bias_E
+        bias_1E = bias_E[None]
+        score_XE = score_XE * bias_1E if config.bias_form == "multiplicative" else score_XE + bias_1E
     if config.topk_method != "greedy" and config.n_group > 1:
         score_XGE = score_XE.reshape(score_XE.shape[0], config.n_group, -1)
         best = min(2, score_XGE.shape[-1]) if config.topk_method == "noaux_tc" else 1
         group_XG = jnp.sum(jax.lax.top_k(score_XGE, best)[0], axis=-1)
         kept = jax.lax.top_k(group_XG, config.topk_group)[1]
-        kept_XG1 = jnp.any(kept[:, :, None] == jnp.arange(config.n_group), axis=1)[..., None]
+        kept_XG1 = jnp.any(kept[:, :, None] == jnp.arange(config.n_group)[None, None], axis=1)[..., None]
         score_XE = jnp.where(kept_XG1, score_XGE, -jnp.inf).reshape(score_XE.shape)
     return jax.lax.top_k(score_XE, config.num_experts_per_tok)[1]
 

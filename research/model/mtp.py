@@ -23,7 +23,7 @@ class MultiTokenModule(nn.Module):
 
     config: Any
     products: Products
-    block: Any  # the Transformer's block class, with experts
+    block: Any  # the Transformer's block class; with experts where the model has them
 
     @nn.compact
     def __call__(self, hidden_BTD, embedding_BTD, segments_BT, positions_BT, valid_BT):
@@ -31,5 +31,6 @@ class MultiTokenModule(nn.Module):
         joined = jnp.concatenate([RMSNorm(c.rms_norm_eps, name="enorm")(embedding_BTD),
                                   RMSNorm(c.rms_norm_eps, name="hnorm")(hidden_BTD)], axis=-1)
         x_BTD = Linear(c.hidden_size, self.products, c.initializer_range, name="eh_proj")(joined)
-        x_BTD, routing = self.block(c, self.products, name="block")(x_BTD, segments_BT, positions_BT, valid_BT)
+        x_BTD, routing = self.block(c, self.products, dense=not c.n_routed_experts, name="block")(
+            x_BTD, segments_BT, positions_BT, valid_BT)
         return x_BTD, RMSNorm(c.rms_norm_eps, name="norm")(x_BTD), routing

@@ -44,7 +44,7 @@ def softmax_scale(width: int, scaling) -> float:
 
 def rotation(positions_BT, width: int, theta: float, scaling):
     """cos and sin, each (B, T, P/2) float32, of a position's angles."""
-    angle = positions_BT[..., None].astype(jnp.float32) * inverse_frequencies(width, theta, scaling)
+    angle = positions_BT[..., None].astype(jnp.float32) * inverse_frequencies(width, theta, scaling)[None, None]
     size = mscale(scaling.factor, scaling.mscale) / mscale(scaling.factor, scaling.mscale_all_dim) \
         if scaling.type == "yarn" else 1.0
     return jnp.cos(angle) * size, jnp.sin(angle) * size

@@ -10,7 +10,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from research.model.attention import ATTENTION
 from research.model.layers import FeedForward, RMSNorm
@@ -30,25 +29,40 @@ class Block(nn.Module):
     def __call__(self, x_BTD, segments_BT, positions_BT, valid_BT):
         c = self.config
 
-        def norm(name, x):
-            return checkpoint_name(RMSNorm(c.rms_norm_eps, name=name)(x), "norm")
-
-        x_BTD = x_BTD + ATTENTION[c.attention](c, self.products, name="attention")(
-            norm("input_layernorm", x_BTD), segments_BT, positions_BT)
-        h_BTD = norm("post_attention_layernorm", x_BTD)
+        h_BTD = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x_BTD)
+        x_BTD = x_BTD + ATTENTION[c.attention](c, self.products, name="attention")(h_BTD, segments_BT, positions_BT)
+        h_BTD = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x_BTD)
         if self.dense:
             return x_BTD + FeedForward(c.intermediate_size, self.products, c.initializer_range, name="mlp")(h_BTD), None
         y_BTD, routing = MixtureOfExperts(c, self.products, name="mlp")(h_BTD, valid_BT)
         return x_BTD + y_BTD, routing
 
 
-def rematerialised(remat: str):
-    """The block class that keeps for the backward pass what `config.model.remat` says."""
-    if remat == "layer":
+CHEAP = frozenset((  # operations that `norms` does again: a norm's, those between products, and moves of their results
+    "add", "add_any", "and", "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "cos", "div", "eq",
+    "exp", "gt", "integer_pow", "iota", "le", "logistic", "lt", "max", "mul", "neg", "pad", "reduce_max", "reduce_or",
+    "reduce_sum", "reshape", "rsqrt", "select_n", "sin", "slice", "split", "square", "squeeze", "stop_gradient", "sub",
+    "transpose"))
+
+
+def rematerialised(c):
+    """The block class that keeps for the backward pass what `config.model.remat` says.
+
+    norms: every operation's result but those that are cheap to do again, and those of the attention's up-projections,
+    which are known by their weights' shapes. (A policy by names keeps what a name is given to, a copy of the same.)
+    """
+    if c.remat == "layer":
         return nn.remat(Block, prevent_cse=False)
-    if remat == "norms":
-        policy = jax.checkpoint_policies.save_anything_except_these_names("norm", "up_projection")
-        return nn.remat(Block, prevent_cse=False, policy=policy)
+    if c.remat == "norms":
+        heads, width = c.num_attention_heads, c.qk_nope_head_dim
+        up_projections = ((c.kv_lora_rank, heads * (width + c.v_head_dim)),
+                          (c.q_lora_rank, heads * (width + c.qk_rope_head_dim))) if c.attention == "mla" else ()
+
+        def kept(operation, *operands, **_):
+            is_up_projection = any(operand.shape in up_projections for operand in operands)
+            return not is_up_projection and operation.name not in CHEAP
+
+        return nn.remat(Block, prevent_cse=False, policy=kept)
     return Block
 
 
@@ -72,7 +86,7 @@ class Transformer(nn.Module):
         one document), `routing` ({`layers`: stacked over L, `mtp`: a tuple}) and `balance_loss`.
         """
         c = self.config
-        block = rematerialised(c.remat)
+        block = rematerialised(c)
         embedding_VD = self.param("embed_tokens", nn.initializers.normal(c.initializer_range),
                                   (c.vocab_size, c.hidden_size), jnp.float32)
         head_DV = embedding_VD.T if c.tie_word_embeddings else self.param(

@@ -20,7 +20,7 @@ from research.model.build import make_model
 from research.training import evaluation, samples
 from research.training.checkpoint import Checkpoints
 from research.training.metrics import Clock, MetricsLog, Progress, to_plain
-from research.training.step import init_state, make_eval_step, make_train_step
+from research.training.step import abstract_state, init_state, make_eval_step, make_train_step
 from research.training.stopping import Interrupted, StopRequests
 from research.training.workdir import owned, write_files
 
@@ -154,7 +154,7 @@ def evaluate_newest(settings: config.Settings, workdir: Path) -> dict:
     corpus = load_corpus(settings, Tokenizer.load(workdir / "tokenizer.json"))  # on any text, the model's own tokens
     settings = settings.with_vocabulary(corpus.tokenizer.vocab_size)
     model = make_model(settings)
-    state, _ = checkpoints.restore(step, jax.eval_shape(lambda: init_state(model, settings)))
+    state, _ = checkpoints.restore(step, abstract_state(model, settings))
     return {"step": step, "gzip_bits_per_byte": corpus.gzip_bits_per_byte, "held_out_bytes": corpus.validation_bytes,
             "validation": evaluation.evaluate(make_eval_step(model, settings), state, corpus, settings)}
 
@@ -166,14 +166,14 @@ def start(model, settings, checkpoints: Checkpoints):
         if step > settings.training.steps:
             raise RequestError.field("training.steps", settings.training.steps,
                                      f"is less than what is done: {checkpoints.directory / str(step)}")
-        return checkpoints.restore(step, jax.eval_shape(lambda: init_state(model, settings)))
+        return checkpoints.restore(step, abstract_state(model, settings))
     if checkpoints.list():
         logging.warning("no checkpoint in %s is intact: starting again from step 0", checkpoints.directory)
     if settings.checkpoint.initialize_from:
         from research.interop.weights import initial_variables
 
         return init_state(model, settings, initial_variables(model, settings)), {}
-    return jax.jit(lambda: init_state(model, settings))(), {}
+    return init_state(model, settings), {}
 
 
 def safe(checkpoints: Checkpoints) -> str:

@@ -23,7 +23,7 @@ def _forward(logits_BTV, targets_BT):
 
 def _backward(residuals, d_BT):
     logits_BTV, targets_BT, lse_BT = residuals
-    target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
+    target_BTV = jnp.arange(logits_BTV.shape[-1])[None, None] == targets_BT[..., None]
     return (jnp.exp(logits_BTV - lse_BT[..., None]) - target_BTV) * d_BT[..., None], None
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from research.model.balance import load_violation, update_bias
-from research.model.build import init_variables
+from research.model.build import init_variables, variable_shapes
 from research.model.transformer import Transformer
 from research.training import schedules
 from research.training.losses import mtp_targets, token_losses
@@ -21,6 +21,15 @@ def init_state(model: Transformer, settings, variables=None):
     """
     if variables is None:
         variables = init_variables(model, settings, settings.training.seed)
+    return jax.jit(partial(_first_state, settings))(variables)
+
+
+def abstract_state(model: Transformer, settings):
+    """The state's shapes and dtypes; nothing is allocated."""
+    return jax.eval_shape(partial(_first_state, settings), variable_shapes(model, settings))
+
+
+def _first_state(settings, variables):
     params = variables["params"]
     return {
         "params": params,

@@ -21,7 +21,7 @@ from research import config
 from research.errors import RequestError
 from research.interop.huggingface import is_huggingface, read_settings, read_variables
 from research.model.attention import MultiHeadLatentAttention
-from research.model.build import init_variables, make_model
+from research.model.build import make_model, variable_shapes
 from research.score import logits
 from research.tree import map_paths, paths
 
@@ -263,7 +263,7 @@ def random_model():
     c.data.sequence_length = 64
     settings = config.check(c)
     random = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: init_variables(make_model(settings), settings, 0))
+    shapes = variable_shapes(make_model(settings), settings)
     variables = map_paths(lambda _, leaf: random.normal(size=leaf.shape).astype(ml_dtypes.bfloat16)
                           .astype(np.float32), shapes)
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "q_lora_rank",

@@ -12,7 +12,7 @@ import numpy as np
 from research import config, experiment
 from research.model.build import make_model
 from research.training.checkpoint import Checkpoints
-from research.training.step import init_state
+from research.training.step import abstract_state
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENT = "experiments/nano.py:smoke"
@@ -69,7 +69,7 @@ def state_of(workdir: Path) -> tuple[int, dict[str, tuple], dict]:
     checkpoints = Checkpoints(workdir / "checkpoints", 2, 1)
     step = checkpoints.newest_intact()
     model = make_model(settings)
-    state, record = checkpoints.restore(step, jax.eval_shape(lambda: init_state(model, settings)))
+    state, record = checkpoints.restore(step, abstract_state(model, settings))
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
     return step, {path: (x.dtype.name, x.shape, x.tobytes()) for path, x in arrays.items()}, record

@@ -1,0 +1,172 @@
+"""The experts' dispatch against its definition, and the definition against a loop over tokens."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.experts import experts
+from tests.tiny import assert_close
+
+D, F = 8, 4
+
+
+def weights_of(E, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=shape).astype(np.float32) for shape in ((E, D, F), (E, D, F), (E, F, D))]
+
+
+def inputs_of(X, E, K, choose, seed=0):
+    """x, the three weights and the gate weights, and the indices that `choose(X, E, K, rng)` gives."""
+    rng = np.random.default_rng(seed)
+    x_XD = rng.normal(size=(X, D)).astype(np.float32)
+    indices_XK = np.asarray(choose(X, E, K, rng), np.int32)
+    assert indices_XK.shape == (X, K) and all(len(set(row)) == K for row in indices_XK)
+    return (x_XD, *weights_of(E, seed), rng.uniform(0.1, 1, (X, K)).astype(np.float32)), indices_XK
+
+
+def at_random(X, E, K, rng):
+    return np.stack([rng.permutation(E)[:K] for _ in range(X)])
+
+
+def same_for_all(X, E, K, rng):  # what ties give: the lowest indices
+    return np.tile(np.arange(K), (X, 1))
+
+
+def the_last_for_all(X, E, K, rng):
+    return np.tile(np.arange(E)[::-1][:K], (X, 1))
+
+
+def few(X, E, K, rng):  # the others stay empty
+    return 1 + at_random(X, K + 1, K, rng)
+
+
+def skewed(X, E, K, rng):
+    wish_E = np.arange(1, E + 1) ** 3 / np.sum(np.arange(1, E + 1) ** 3)
+    return [rng.choice(E, K, replace=False, p=wish_E) for _ in range(X)]
+
+
+CASES = {  # name: tokens, experts, chosen, who chooses what; equal shapes share a compilation
+    "random": (48, 8, 2, at_random),
+    "ties": (48, 8, 2, same_for_all),
+    "two experts take all": (48, 8, 2, the_last_for_all),
+    "empty experts": (48, 8, 2, few),
+    "skewed": (48, 8, 2, skewed),
+    "one of all takes everything": (48, 8, 1, the_last_for_all),
+    "all chosen": (12, 4, 4, at_random),
+    "one expert": (10, 1, 1, at_random),
+    "one token": (1, 8, 2, at_random),
+    "more experts than tokens": (5, 64, 3, at_random),
+    "odd numbers": (37, 7, 3, at_random),
+    "odd numbers, skewed": (37, 7, 3, skewed),
+}
+
+
+@partial(jax.jit, static_argnames=("implementation", "formats"))
+def value_and_gradients(inputs, indices_XK, dy_XD, implementation, formats=("float32",) * 3):
+    def value(x, gate, up, down, weights):
+        return experts(x, gate, up, down, indices_XK, weights, formats=formats, implementation=implementation)
+
+    y_XD, backward = jax.vjp(value, *inputs)
+    return y_XD, dict(zip(("x", "gate", "up", "down", "weights"), backward(dy_XD.astype(y_XD.dtype)), strict=True))
+
+
+def output_gradient(X, seed=1):
+    return np.random.default_rng(seed).normal(size=(X, D)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_dispatch_equals_the_definition_in_value_and_gradient(name):
+    inputs, indices_XK = inputs_of(*CASES[name])
+    dy_XD = output_gradient(len(indices_XK))
+    actual = value_and_gradients(inputs, indices_XK, dy_XD, "xla")
+    assert_close(actual, value_and_gradients(inputs, indices_XK, dy_XD, "reference"))
+
+
+def test_the_definition_equals_a_loop_over_tokens():
+    (x_XD, gate, up, down, weights_XK), indices_XK = inputs_of(48, 8, 2, at_random)
+    expected = np.zeros_like(x_XD)
+    for token, x in enumerate(x_XD):
+        for e, weight in zip(indices_XK[token], weights_XK[token], strict=True):
+            g = x @ gate[e]
+            expected[token] += weight * ((g / (1 + np.exp(-g)) * (x @ up[e])) @ down[e])
+    actual = value_and_gradients((x_XD, gate, up, down, weights_XK), indices_XK, expected, "reference")[0]
+    assert_close(actual, expected)
+
+
+def test_the_default_implementation_is_dropless():
+    """`auto` on this backend, with a load far above any mean."""
+    inputs, indices_XK = inputs_of(*CASES["two experts take all"])
+    dy_XD = output_gradient(len(indices_XK))
+    assert_close(value_and_gradients(inputs, indices_XK, dy_XD, "auto"),
+                 value_and_gradients(inputs, indices_XK, dy_XD, "reference"))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_inside_a_scan_over_stacked_layers(remat):
+    """Three layers, each with its own routing, compiled as one scan, kept or computed again for the backward pass."""
+    L, X, E, K = 3, 24, 4, 2
+    layers = [inputs_of(X, E, K, at_random if seed else the_last_for_all, seed=seed) for seed in range(L)]
+    x_XD = layers[0][0][0]
+    stacked = [np.stack([inputs[part] for inputs, _ in layers]) for part in range(1, 5)]
+    indices_LXK = np.stack([indices for _, indices in layers])
+
+    def loss(x_XD, stacked, implementation):
+        def layer(x_XD, inputs):
+            *weights, gates_XK, indices_XK = inputs
+            y_XD = experts(x_XD, *weights, indices_XK, gates_XK, implementation=implementation)
+            return x_XD + jnp.tanh(y_XD), None
+
+        layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+        return jnp.sum(jax.lax.scan(layer, x_XD, (*stacked, indices_LXK))[0] ** 2)
+
+    actual, expected = (jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=2)(x_XD, stacked, implementation)
+                        for implementation in ("xla", "reference"))
+    assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def relative_error(actual, expected):
+    return float(np.linalg.norm(np.asarray(actual, np.float64) - expected) / np.linalg.norm(expected))
+
+
+def test_bfloat16_is_close_and_keeps_the_dtypes():
+    inputs, indices_XK = inputs_of(*CASES["skewed"])
+    dy_XD = output_gradient(len(indices_XK))
+    half = (jnp.asarray(inputs[0], jnp.bfloat16), *inputs[1:])
+    value, gradients = value_and_gradients(half, indices_XK, dy_XD, "xla", ("bfloat16",) * 3)
+    exact_value, exact = value_and_gradients(inputs, indices_XK, dy_XD, "reference")
+    assert 1e-4 < relative_error(value, exact_value) < 1e-2
+    for name, gradient in gradients.items():
+        assert 1e-4 < relative_error(gradient, exact[name]) < 2e-2, name
+        assert gradient.dtype == (jnp.bfloat16 if name == "x" else jnp.float32), name
+
+
+@pytest.mark.parametrize("case", ["random", "two experts take all"])
+def test_each_format_is_that_of_its_product(case):
+    """A coarse weight-gradient product leaves value and input gradients as they are, and so on."""
+    inputs, indices_XK = inputs_of(*CASES[case])
+    dy_XD = output_gradient(len(indices_XK))
+    exact_value, exact = value_and_gradients(inputs, indices_XK, dy_XD, "xla")
+    value, gradients = value_and_gradients(inputs, indices_XK, dy_XD, "xla", ("float32", "float32", "bfloat16"))
+    assert_close((value, gradients["x"], gradients["weights"]), (exact_value, exact["x"], exact["weights"]))
+    assert all(relative_error(gradients[name], exact[name]) > 1e-4 for name in ("gate", "up", "down"))
+    value, gradients = value_and_gradients(inputs, indices_XK, dy_XD, "xla", ("float32", "bfloat16", "float32"))
+    assert_close(value, exact_value)
+    assert all(relative_error(gradients[name], exact[name]) > 1e-4 for name in ("x", "gate", "up"))
+
+
+def flops(E, implementation, X=2048, K=2):
+    """Of the lowered value and gradients at random routing. A loop's body counts once."""
+    inputs, indices_XK = inputs_of(X, E, K, at_random)
+    lowered = value_and_gradients.lower(inputs, indices_XK, output_gradient(X), implementation=implementation)
+    return lowered.cost_analysis()["flops"]
+
+
+def test_cost_does_not_grow_with_the_number_of_experts():
+    few_experts, many_experts = flops(8, "xla"), flops(128, "xla")
+    least = 3 * 3 * 2 * 2048 * 2 * D * F  # three products of three passes: less means that work hides in a loop
+    assert few_experts > least
+    assert many_experts < 1.3 * few_experts
+    assert flops(128, "reference") > 10 * many_experts  # the count sees a dense implementation

@@ -1,9 +1,10 @@
 # Every target makes the environment first when it is missing. PYTHON=... names an interpreter (3.12 or newer).
+# `make parity` is for comparisons with torch alone: PARITY_PYTHON=... may be an older one.
 PYTHON ?= $(shell ./.ci/find_python)
 VENV := .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/nano
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PARITY_PYTHON ?= $(PYTHON)
 
 .PHONY: setup run test bench parity
 
@@ -24,3 +25,10 @@ test: setup
 
 bench: setup
 	$(BIN)/python -m research.bench
+
+parity: .venv-parity/ready
+
+.venv-parity/ready: requirements-parity.txt
+	$(PARITY_PYTHON) -m venv .venv-parity
+	.venv-parity/bin/pip install --quiet --disable-pip-version-check --retries 1 -r requirements-parity.txt
+	@touch $@

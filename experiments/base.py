@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     m.num_experts_per_tok = 4
     m.moe_intermediate_size = 128
     m.scoring_func = "sigmoid"  # sigmoid (V3) | softmax (V2)
-    m.topk_method = "noaux_tc"  # noaux_tc: biased, a group counts its two best | group_limited_greedy: its best | greedy
+    m.topk_method = "noaux_tc"  # noaux_tc: biased, group score of two | group_limited_greedy: its best | greedy
     m.n_group = 1
     m.topk_group = 1
     m.norm_topk_prob = True
@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
     m.tie_word_embeddings = False
     m.initializer_range = 0.006  # V3 §4.2
     m.attention_implementation = "auto"  # auto | xla | cudnn | reference: see kernels/attention
-    m.scan_unroll = 0  # layers in the body of the scan over layers; 0: all on a CPU (twice as fast), one elsewhere
+    m.scan_unroll = 0  # layers in the body of the scan over layers; 0: all on a CPU (faster), one elsewhere
     m.remat = "none"  # none | norms (V3 §3.2: norms and the attention's up-projections) | layer
 
     c.mtp = t = ConfigDict()

@@ -5,11 +5,12 @@ def of_training(result: dict) -> str:
     """A table of what was trained, how good it is beside gzip, how fast it was and where the time went."""
     seconds = result["seconds"]
     speed = result["tokens"] / max(seconds["train"], 1e-9)
+    utilisation = speed * result["flops_per_token"] / result["peak_flops"]
     rows = [
         ("steps", f"{result['steps']:,} ({result['tokens']:,} tokens)"),
         *_quality(result),
-        ("tokens a second", f"{speed:,.0f} in training; MFU {speed * result['flops_per_token'] / result['peak_flops']:.1%}"
-                            f" of {result['peak_flops'] / 1e9:,.0f} GFLOP/s"),
+        ("tokens a second", f"{speed:,.0f} in training; MFU {utilisation:.1%} of {result['peak_flops'] / 1e9:,.0f} "
+                            "GFLOP/s, this machine's best product"),
         ("seconds", ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())),
         ("in", f"{result['workdir']}: metrics.jsonl, samples.md, tensorboard/, checkpoints/"),
     ]

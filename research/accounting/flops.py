@@ -10,10 +10,8 @@ def training_per_token(settings) -> float:
     depth), plus 3 * T * (key width + value width) * heads for each attention layer. Recomputation does not count.
     """
     m, depth = settings.model, settings.mtp.num_nextn_predict_layers
-    if m.attention == "mla":
-        widths = m.qk_nope_head_dim + m.qk_rope_head_dim + m.v_head_dim
-    else:
-        widths = 2 * m.head_dim
+    latent = m.qk_nope_head_dim + m.qk_rope_head_dim + m.v_head_dim
+    widths = latent if m.attention == "mla" else 2 * m.head_dim
     met = 0.0
     for path, leaf in shapes(settings).items():
         if path == "lm_head" or (path == "embed_tokens" and m.tie_word_embeddings):

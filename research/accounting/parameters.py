@@ -1,7 +1,5 @@
 """How many parameters a model has and how many a token uses, by shape evaluation: nothing is allocated."""
 
-import jax
-
 from research.model.build import make_model, variable_shapes
 from research.tree import paths
 

@@ -7,7 +7,6 @@ the default of transformers' class stands; what this model cannot express is ref
 import re
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import logging
 

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import jax
-
 from research import config
 from research.errors import RequestError
 from research.interop import huggingface

@@ -1,4 +1,4 @@
-"""The matrix products of the model, in the formats of a recipe: what `model/` is given, and all it knows of precision."""
+"""The matrix products of the model in the formats of a recipe: all that `model/` knows of precision."""
 
 from dataclasses import dataclass
 from functools import partial

@@ -42,8 +42,8 @@ def _first_state(settings, variables):
 
 def apply_model(model, settings, params, routing, batch):
     """Logits and intermediates of a batch, under the config's rule for attention across documents."""
-    return model.apply({"params": params, "routing": routing}, batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"],
-                       attend_across=not settings.data.mask_documents)
+    return model.apply({"params": params, "routing": routing}, batch["tokens_BT"], batch["segments_BT"],
+                       batch["positions_BT"], attend_across=not settings.data.mask_documents)
 
 
 def loads_of(routing):

@@ -7,6 +7,7 @@ import platform
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable
 
 from absl import flags
@@ -28,6 +29,7 @@ def run(main: Callable[[], None], values: flags.FlagValues = flags.FLAGS) -> Non
     """Runs the command of this process, whose flags are `values`, and exits with the code of `execute`."""
     tune_process()
     signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = raise_again
     log_lines()
     code = execute(main, sys.argv, values)
     for number in (signal.SIGINT, signal.SIGTERM):  # what comes while the interpreter shuts down just ends it
@@ -54,6 +56,21 @@ def log_lines() -> None:
     logging.root.handlers = [_Lines()]
     logging.root.setLevel(logging.WARNING)
     absl_logging.set_verbosity(absl_logging.INFO)
+
+
+def raise_again(unraisable) -> None:
+    """A hook for sys: a stop that came where Python cannot raise, as in a destructor, comes once more.
+
+    JAX and the import system run such callbacks; without this the request would be printed and forgotten.
+    """
+    stop = unraisable.exc_value
+    if not isinstance(stop, KeyboardInterrupt | Stopped):
+        sys.__unraisablehook__(unraisable)
+        return
+    number = signal.SIGTERM if isinstance(stop, Stopped) and stop.code == 143 else signal.SIGINT
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()
 
 
 def execute(main: Callable[[], None], argv: list[str], values: flags.FlagValues) -> int:

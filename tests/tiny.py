@@ -82,9 +82,9 @@ def leaves(tree) -> dict:
 
 
 def assert_close(actual, expected, rtol=2e-5, atol=2e-6):
-    """Every leaf, with errors that name the leaf; atol is relative to the leaf's largest value."""
+    """Every leaf, by name; atol is relative to the largest value of the leaf, or to 0.1 if that is less."""
     actual, expected = leaves(actual), leaves(expected)
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        scale = max(float(np.max(np.abs(value), initial=0)), 1e-6)
+        scale = max(float(np.max(np.abs(value), initial=0)), 0.1)
         np.testing.assert_allclose(actual[name], value, rtol=rtol, atol=atol * scale, err_msg=name)

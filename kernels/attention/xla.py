@@ -10,7 +10,7 @@ def _block(q_BGQTH, k_BGSH, v_BGSJ, query_segments_BT, key_segments_BS, scale: f
     """One block of queries; its last query sees every key. Q: query heads of a key head."""
     T, S = q_BGQTH.shape[3], k_BGSH.shape[2]
     score_BGQTS = scale * jnp.einsum("BGQTH,BGSH->BGQTS", q_BGQTH, k_BGSH, preferred_element_type=jnp.float32)
-    allowed_BTS = (jnp.arange(S) <= jnp.arange(S - T, S)[:, None])[None]
+    allowed_BTS = (jnp.arange(S)[None] <= jnp.arange(S - T, S)[:, None])[None]
     if query_segments_BT is not None:
         allowed_BTS = allowed_BTS & (query_segments_BT[:, :, None] == key_segments_BS[:, None, :])
     score_BGQTS = jnp.where(allowed_BTS[:, None, None], score_BGQTS, -1e30)  # a query sees at least itself

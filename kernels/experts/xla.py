@@ -41,9 +41,9 @@ def make_plan(indices_XK, n_experts: int, capacity: int, blocks: tuple[int, ...]
     rank_P = jnp.arange(n_pairs, dtype=jnp.int32) - start_E[expert_P]
     slot_P = jnp.zeros(n_pairs, jnp.int32).at[order_P].set(
         jnp.where(rank_P < capacity, expert_P * capacity + rank_P, -1), unique_indices=True)
-    column_C = jnp.arange(capacity, dtype=jnp.int32)
-    pair_EC = jnp.where(column_C < count_E[:, None],
-                        order_P[jnp.minimum(start_E[:, None] + column_C, n_pairs - 1)], n_pairs)
+    column_1C = jnp.arange(capacity, dtype=jnp.int32)[None]
+    pair_EC = jnp.where(column_1C < count_E[:, None],
+                        order_P[jnp.minimum(start_E[:, None] + column_1C, n_pairs - 1)], n_pairs)
     slot_XK = slot_P.reshape(indices_XK.shape)
     skipped_E, ends_E, done_E = [], [], jnp.minimum(count_E, capacity)
     for block in blocks:

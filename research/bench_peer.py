@@ -3,7 +3,7 @@
 A script for the Python of the comparison's own environment (requirements-parity.txt) that imports nothing of ours:
 `python -I research/bench_peer.py REQUEST`, REQUEST being the JSON that `research.bench.request` builds.
 
-Of what was tried of transformers and torch it runs the fastest at 16, 64 and 256 experts: `sdpa` attention (`eager` 2-5%
+Of what was tried it runs the fastest at 16, 64 and 256 experts: `sdpa` attention (`eager` is 2-5%
 slower), `grouped_mm` experts (the `eager` loop 1.1, 1.4 and 5-10 times as long), fused AdamW (`foreach` 920 ms against
 658 a step at 256 experts); one exploration on a machine with other work. `torch.compile` was not tried.
 """

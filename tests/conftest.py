@@ -10,6 +10,5 @@ import jax
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", True)  # compiles in half the time what runs for milliseconds
 hypothesis.settings.register_profile("parsimony", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("parsimony")

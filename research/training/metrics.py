@@ -29,9 +29,6 @@ class Clock:
         finally:
             self.seconds[name] += time.perf_counter() - start
 
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
-
 
 class MetricsLog:
     """`metrics.jsonl` and `tensorboard/` of a workdir, both continued after `step`."""

@@ -2,7 +2,8 @@
 
 Every expert has C slots, filled with its first C tokens and computed as one batched product. What does not fit is
 computed exactly by loops over blocks of rows of one expert, whole large blocks first, then the rest in small ones.
-The loops' lengths follow the router, so that a balanced router pays for few blocks and a collapsed one is still exact.
+The loops' lengths follow the router, so that a balanced router pays for few blocks. Under a collapsed one, whose slots
+would hold less than half of the pairs and be mostly empty, the slots are left out and the loops compute everything.
 
 Letters beside the house's: `X` tokens (B*T), `P` pairs (X*K), `C` slots an expert, `S` slots of all (E*C), `Z` rows
 of an overflow block. The backward pass is written by hand so that the movement of rows into and out of slots is a
@@ -21,6 +22,7 @@ from jax import lax
 class Plan(NamedTuple):
     """Where each (token, choice) pair is computed."""
 
+    slots_used: jax.Array  # bool: False leaves all slots empty and their product out
     pair_EC: jax.Array  # pair in each slot, flat index into X*K; X*K where the slot is empty
     slot_XK: jax.Array  # slot of each pair, flat index into E*C; 0 where the pair overflowed
     fits_XK: jax.Array  # whether the pair has a slot
@@ -38,21 +40,23 @@ def make_plan(indices_XK, n_experts: int, capacity: int, blocks: tuple[int, ...]
     order_P, expert_P = key_P % n_pairs, key_P // n_pairs
     count_E = jnp.zeros(n_experts, jnp.int32).at[indices_XK.reshape(-1)].add(1)
     start_E = jnp.cumsum(count_E) - count_E
+    slots_used = 2 * jnp.sum(jnp.minimum(count_E, capacity)) >= n_pairs
+    slot_count_E = jnp.where(slots_used, jnp.minimum(count_E, capacity), 0)
     rank_P = jnp.arange(n_pairs, dtype=jnp.int32) - start_E[expert_P]
     slot_P = jnp.zeros(n_pairs, jnp.int32).at[order_P].set(
-        jnp.where(rank_P < capacity, expert_P * capacity + rank_P, -1), unique_indices=True)
+        jnp.where(rank_P < slot_count_E[expert_P], expert_P * capacity + rank_P, -1), unique_indices=True)
     column_1C = jnp.arange(capacity, dtype=jnp.int32)[None]
-    pair_EC = jnp.where(column_1C < count_E[:, None],
+    pair_EC = jnp.where(column_1C < slot_count_E[:, None],
                         order_P[jnp.minimum(start_E[:, None] + column_1C, n_pairs - 1)], n_pairs)
     slot_XK = slot_P.reshape(indices_XK.shape)
-    skipped_E, ends_E, done_E = [], [], jnp.minimum(count_E, capacity)
+    skipped_E, ends_E, done_E = [], [], slot_count_E
     for block in blocks:
         whole = block != blocks[-1]  # only the smallest blocks may be partly filled
         number_E = (count_E - done_E + (0 if whole else block - 1)) // block
         skipped_E.append(done_E)
         ends_E.append(jnp.cumsum(number_E))
         done_E = done_E + number_E * block
-    return Plan(pair_EC, jnp.maximum(slot_XK, 0), slot_XK >= 0, order_P, start_E, count_E, tuple(skipped_E),
+    return Plan(slots_used, pair_EC, jnp.maximum(slot_XK, 0), slot_XK >= 0, order_P, start_E, count_E, tuple(skipped_E),
                 tuple(ends_E))
 
 
@@ -87,6 +91,12 @@ def experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, 
     return _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, blocks, formats)[0]
 
 
+def _if_slots(plan: Plan, compute):
+    """compute(), or zeros where the slots are not used."""
+    zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(compute))
+    return lax.cond(plan.slots_used, compute, lambda: zeros)
+
+
 def _product(spec, a, b, dtype):
     """einsum of operands in `dtype`, accumulated and returned in float32."""
     return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
@@ -97,12 +107,17 @@ def _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity,
     K = indices_XK.shape[1]
     product = partial(_product, dtype=formats[0])
     plan = make_plan(indices_XK, gate_EDF.shape[0], capacity, blocks)
-    x_ECD = x_XD[jnp.minimum(plan.pair_EC // K, X - 1)]  # an empty slot computes the last token and nobody reads it
-    g_ECF = product("ECD,EDF->ECF", x_ECD, gate_EDF)
-    u_ECF = product("ECD,EDF->ECF", x_ECD, up_EDF)
-    y_SD = product("ECF,EFD->ECD", jax.nn.silu(g_ECF) * u_ECF, down_EFD).reshape(-1, D)
-    weights_fit_XK = jnp.where(plan.fits_XK, weights_XK, 0)
-    y_XD = sum(weights_fit_XK[:, k, None] * y_SD[plan.slot_XK[:, k]] for k in range(K))
+
+    def in_slots():
+        x_ECD = x_XD[jnp.minimum(plan.pair_EC // K, X - 1)]  # an empty slot computes the last token, nobody reads it
+        g_ECF = product("ECD,EDF->ECF", x_ECD, gate_EDF)
+        u_ECF = product("ECD,EDF->ECF", x_ECD, up_EDF)
+        y_SD = product("ECF,EFD->ECD", jax.nn.silu(g_ECF) * u_ECF, down_EFD).reshape(-1, D)
+        weights_fit_XK = jnp.where(plan.fits_XK, weights_XK, 0)
+        y_XD = sum(weights_fit_XK[:, k, None] * y_SD[plan.slot_XK[:, k]] for k in range(K))
+        return y_XD, g_ECF.astype(x_XD.dtype), u_ECF.astype(x_XD.dtype)
+
+    y_XD, *kept = _if_slots(plan, in_slots)
 
     def add_block(y_XD, e, pair_Z, valid_Z):
         token_Z = pair_Z // K
@@ -112,7 +127,6 @@ def _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity,
         return y_XD.at[token_Z].add(weight_Z[:, None] * product("ZF,FD->ZD", a_ZF, down_EFD[e]))
 
     y_XD = _overflow(plan, blocks, add_block, y_XD)
-    kept = g_ECF.astype(x_XD.dtype), u_ECF.astype(x_XD.dtype)
     return y_XD, (x_XD, gate_EDF, up_EDF, down_EFD, weights_XK, plan, *kept)
 
 
@@ -123,26 +137,29 @@ def _swiglu_backward(g, u, da):
 
 
 def _backward(capacity, blocks, formats, residuals, dy_XD):
-    x_XD, gate_EDF, up_EDF, down_EFD, weights_XK, plan, g_ECF, u_ECF = residuals
+    x_XD, gate_EDF, up_EDF, down_EFD, weights_XK, plan, kept_g_ECF, kept_u_ECF = residuals
     X, D = x_XD.shape
     K = weights_XK.shape[1]
     forward, input_gradient, weight_gradient = (partial(_product, dtype=dtype) for dtype in formats)
-    g_ECF, u_ECF = g_ECF.astype(jnp.float32), u_ECF.astype(jnp.float32)
     weight_P = weights_XK.reshape(-1)
-    token_EC = jnp.minimum(plan.pair_EC // K, X - 1)
-    weight_EC1 = jnp.where(plan.pair_EC < X * K, weight_P[jnp.minimum(plan.pair_EC, X * K - 1)], 0)[..., None]
-    x_ECD, dy_ECD = x_XD[token_EC], dy_XD[token_EC]
-    a_ECF = jax.nn.silu(g_ECF) * u_ECF
-    da_ECF = input_gradient("ECD,EFD->ECF", dy_ECD, down_EFD)  # of an output not yet weighted
-    dweight_S = jnp.sum(a_ECF * da_ECF, axis=-1).reshape(-1)
-    dg_ECF, du_ECF = _swiglu_backward(g_ECF, u_ECF, da_ECF * weight_EC1)
-    ddown_EFD = weight_gradient("ECF,ECD->EFD", a_ECF * weight_EC1, dy_ECD)
-    dgate_EDF = weight_gradient("ECD,ECF->EDF", x_ECD, dg_ECF)
-    dup_EDF = weight_gradient("ECD,ECF->EDF", x_ECD, du_ECF)
-    dx_SD = (input_gradient("ECF,EDF->ECD", dg_ECF, gate_EDF)
-             + input_gradient("ECF,EDF->ECD", du_ECF, up_EDF)).reshape(-1, D)
-    dx_XD = sum(jnp.where(plan.fits_XK[:, k, None], dx_SD[plan.slot_XK[:, k]], 0) for k in range(K))
-    dweight_XK = jnp.where(plan.fits_XK, dweight_S[plan.slot_XK], 0)
+
+    def in_slots():
+        g_ECF, u_ECF = kept_g_ECF.astype(jnp.float32), kept_u_ECF.astype(jnp.float32)
+        token_EC = jnp.minimum(plan.pair_EC // K, X - 1)
+        weight_EC1 = jnp.where(plan.pair_EC < X * K, weight_P[jnp.minimum(plan.pair_EC, X * K - 1)], 0)[..., None]
+        x_ECD, dy_ECD = x_XD[token_EC], dy_XD[token_EC]
+        a_ECF = jax.nn.silu(g_ECF) * u_ECF
+        da_ECF = input_gradient("ECD,EFD->ECF", dy_ECD, down_EFD)  # of an output not yet weighted
+        dweight_S = jnp.sum(a_ECF * da_ECF, axis=-1).reshape(-1)
+        dg_ECF, du_ECF = _swiglu_backward(g_ECF, u_ECF, da_ECF * weight_EC1)
+        ddown_EFD = weight_gradient("ECF,ECD->EFD", a_ECF * weight_EC1, dy_ECD)
+        dgate_EDF = weight_gradient("ECD,ECF->EDF", x_ECD, dg_ECF)
+        dup_EDF = weight_gradient("ECD,ECF->EDF", x_ECD, du_ECF)
+        dx_SD = (input_gradient("ECF,EDF->ECD", dg_ECF, gate_EDF)
+                 + input_gradient("ECF,EDF->ECD", du_ECF, up_EDF)).reshape(-1, D)
+        dx_XD = sum(jnp.where(plan.fits_XK[:, k, None], dx_SD[plan.slot_XK[:, k]], 0) for k in range(K))
+        dweight_XK = jnp.where(plan.fits_XK, dweight_S[plan.slot_XK], 0)
+        return dx_XD, dgate_EDF, dup_EDF, ddown_EFD, dweight_XK.reshape(-1)
 
     def add_block(carry, e, pair_Z, valid_Z):
         dx_XD, dgate_EDF, dup_EDF, ddown_EFD, dweight_P = carry
@@ -162,8 +179,7 @@ def _backward(capacity, blocks, formats, residuals, dy_XD):
             dweight_P.at[pair_Z].add(jnp.where(valid_Z, jnp.sum(a_ZF * da_ZF, axis=-1), 0)),
         )
 
-    carry = (dx_XD, dgate_EDF, dup_EDF, ddown_EFD, dweight_XK.reshape(-1))
-    dx_XD, dgate_EDF, dup_EDF, ddown_EFD, dweight_P = _overflow(plan, blocks, add_block, carry)
+    dx_XD, dgate_EDF, dup_EDF, ddown_EFD, dweight_P = _overflow(plan, blocks, add_block, _if_slots(plan, in_slots))
     return dx_XD.astype(x_XD.dtype), dgate_EDF, dup_EDF, ddown_EFD, None, dweight_P.reshape(weights_XK.shape)
 
 

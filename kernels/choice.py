@@ -1,0 +1,46 @@
+"""Which implementation of an operation runs: `mosaic` (Pallas, Hopper GPUs), `xla` (anywhere), `reference`."""
+
+import jax
+from absl import logging
+
+IMPLEMENTATIONS = ("auto", "mosaic", "xla", "reference")
+
+
+def gpu_refusal() -> str | None:
+    """Why the default device cannot run a Hopper kernel; None when it can."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return f"the default device is a {device.platform}, not a GPU"
+    capability = getattr(device, "compute_capability", "unknown")
+    if capability != "9.0":
+        return f"{device.device_kind} has compute capability {capability}, the kernels are for 9.0 (Hopper)"
+    return None
+
+
+def choose(operation: str, implementation: str, refusal: str | None) -> str:
+    """The implementation that runs. refusal: what about the arguments the Mosaic kernel does not take, or None.
+
+    `auto` is `mosaic` on a Hopper GPU where the kernel takes the arguments, otherwise `xla`; a GPU that is left with
+    `xla` says so once for each reason. ValueError for an unknown name, and for a `mosaic` that cannot run.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"{operation}: implementation={implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
+    if implementation not in ("auto", "mosaic"):
+        return implementation
+    reason = gpu_refusal() or refusal
+    if reason is None:
+        return "mosaic"
+    if implementation == "mosaic":
+        raise ValueError(f"{operation}: implementation='mosaic' cannot run: {reason}")
+    if jax.default_backend() == "gpu":
+        _say_once(f"{operation}: plain XLA instead of the Pallas kernel: {reason}")
+    return "xla"
+
+
+_said = set()
+
+
+def _say_once(line: str) -> None:
+    if line not in _said:
+        _said.add(line)
+        logging.warning("%s", line)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from research.data import cache
 from research.data.sources import Document, corpus_hash
 from research.errors import RequestError
+from research.files import write_whole
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 FIM = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
@@ -113,9 +113,7 @@ class Tokenizer:
             (path.with_name("tokenizer_config.json"), json.dumps(config, indent=2, ensure_ascii=False)),
             (path, self._definition),
         ):
-            part = file.with_name(file.name + ".part")
-            part.write_bytes(content.encode())
-            os.replace(part, file)
+            write_whole(file, content)
 
     def encode(self, text: str) -> np.ndarray:
         """Ids (int32) of a text, without document tokens; what spells a special token is encoded as ordinary text."""

@@ -6,8 +6,7 @@ from research import config
 from research.errors import RequestError
 from research.interop import huggingface
 from research.model.build import variable_shapes
-from research.training.checkpoint import Checkpoints
-from research.tree import paths
+from research.training.checkpoint import Checkpoints, differences
 
 
 def read_weights(folder: Path) -> tuple[config.Settings, dict]:
@@ -23,6 +22,13 @@ def read_weights(folder: Path) -> tuple[config.Settings, dict]:
     return settings, checkpoints.restore_weights(step)
 
 
+def variables_of(saved: dict, model, settings) -> tuple[dict, str]:
+    """{`params`, `routing`} of what was saved, and in one line how they differ from the model's (empty: not at all)."""
+    variables, shapes = ({name: tree[name] for name in ("params", "routing")}
+                         for tree in (saved, variable_shapes(model, settings)))
+    return variables, differences(variables, shapes)
+
+
 def initial_variables(model, settings) -> dict:
     """The weights of `checkpoint.initialize_from`, checked against the model that is to start from them."""
     folder = Path(settings.checkpoint.initialize_from).expanduser()
@@ -30,13 +36,7 @@ def initial_variables(model, settings) -> dict:
         _, saved = read_weights(folder)
     except RequestError as error:
         raise RequestError.field("checkpoint.initialize_from", str(folder), f"cannot be used: {error}") from None
-    expected = paths(variable_shapes(model, settings))
-    found = paths({"params": saved["params"], "routing": saved["routing"]})
-    wrong = [f"{name} is {found[name].shape} there and {leaf.shape} here" if name in found else f"it lacks {name}"
-             for name, leaf in expected.items() if name not in found or found[name].shape != leaf.shape]
-    wrong += [f"the model lacks {name}" for name in found if name not in expected]
+    variables, wrong = variables_of(saved, model, settings)
     if wrong:
-        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise RequestError.field("checkpoint.initialize_from", str(folder),
-                                 f"is of another model: {'; '.join(wrong[:3])}{more}")
-    return {"params": saved["params"], "routing": saved["routing"]}
+        raise RequestError.field("checkpoint.initialize_from", str(folder), f"is of another model: {wrong}")
+    return variables

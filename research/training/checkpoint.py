@@ -84,7 +84,8 @@ class Checkpoints:
         if keep_last < 1:
             raise RequestError.field("checkpoint.keep_last", keep_last, "is less than 1")
         self.directory = Path(directory).absolute()
-        self._retention = _Retention(keep_last, keep_best)
+        self._losses: dict[int, float] = {}  # by step: what `rank` was told
+        self._retention = _Retention(keep_last, keep_best, self._losses)
         self._manager: ocp.CheckpointManager | None = None
         self._saving: int | None = None  # the step that the background thread is at
         self._damage: dict[int, str] = {}  # by step checked: what is wrong, empty for nothing
@@ -96,8 +97,8 @@ class Checkpoints:
         """Starts to save `state` (a pytree of arrays) with `record` (JSON); returns before they are on disk.
 
         The buffers of `state` may be donated at once. A checkpoint without a validation `loss` is kept as one of
-        the last, never as one of the best. A step that stands intact is not written again. Damaged checkpoints are
-        moved aside first. Raises RunError when this or the previous save failed.
+        the last, and as one of the best only where `rank` tells it. A step that stands intact is not written again.
+        Damaged checkpoints are moved aside first. Raises RunError when this or the previous save failed.
         """
         self.wait()
         self._saving = step
@@ -110,6 +111,13 @@ class Checkpoints:
                 self._manager.save(step, args=items, metrics={"loss": loss}, force=True)
         except Exception as error:
             raise self._failed(error) from error
+
+    def rank(self, step: int, loss: float) -> None:
+        """Tells the validation loss of a step whose checkpoint may have been saved before it was known.
+
+        It counts in this process alone, as a sealed checkpoint is not written again: it is told anew at each start.
+        """
+        self._losses[step] = loss
 
     def wait(self) -> None:
         """Returns when the last save is on disk; raises RunError, naming what is safe, when it failed."""
@@ -144,10 +152,9 @@ class Checkpoints:
         one, the sharding. Raises RequestError, before any array is read, when they are not those of the checkpoint.
         """
         path = self._intact(step)
-        differences = _differences(_leaves(_metadata(path)), _leaves(abstract_state))
-        if differences:
-            more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
-            raise RequestError(f"{path} belongs to another model: {'; '.join(differences[:3])}{more}")
+        found = differences(_metadata(path), abstract_state)
+        if found:
+            raise RequestError(f"{path} belongs to another model: {found}")
         state = _read(path, abstract_state)
         return state, json.loads((path / "record" / "metadata").read_text())
 
@@ -243,11 +250,13 @@ class _Retention(ocp.checkpoint_managers.PreservationPolicy):
     Orbax's own BestN keeps everything while there are no more than N, with a loss or without.
     """
 
-    def __init__(self, last: int, best: int):
-        self.last, self.best = last, best
+    def __init__(self, last: int, best: int, told: dict[int, float]):
+        """`told`: losses by step, for the checkpoints that hold none."""
+        self.last, self.best, self.told = last, best, told
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         losses = {info.step: (info.metrics or {}).get("loss") for info in checkpoints}
+        losses = {step: self.told.get(step) if loss is None else loss for step, loss in losses.items()}
         ranked = sorted((loss, step) for step, loss in losses.items() if loss is not None and math.isfinite(loss))
         kept = {step for _, step in ranked[: self.best]} | set(sorted(losses)[-self.last :])
         return [info.step in kept for info in checkpoints]
@@ -300,8 +309,12 @@ def _leaves(tree: Any) -> dict[str, str]:
     }
 
 
-def _differences(saved: dict[str, str], expected: dict[str, str]) -> Sequence[str]:
-    """What differs, a phrase a leaf, the parameters first: the optimiser and the average only repeat them."""
+def differences(saved: Any, expected: Any) -> str:
+    """Where names, shapes and dtypes of two trees differ, in one line; empty where they do not.
+
+    A phrase for each of the first three leaves, the parameters first: the optimiser and the average only repeat them.
+    """
+    saved, expected = _leaves(saved), _leaves(expected)
     different = {
         name: f"{name} is {saved[name]} in the checkpoint and {leaf} in the model"
         if name in saved
@@ -309,7 +322,8 @@ def _differences(saved: dict[str, str], expected: dict[str, str]) -> Sequence[st
         for name, leaf in expected.items()
         if saved.get(name) != leaf
     } | {name: f"the model lacks {name}" for name in saved if name not in expected}
-    return [different[name] for name in sorted(different, key=lambda name: not name.startswith("params/"))]
+    phrases = [different[name] for name in sorted(different, key=lambda name: not name.startswith("params/"))]
+    return "; ".join(phrases[:3]) + (f" (and {len(phrases) - 3} more)" if len(phrases) > 3 else "")
 
 
 def _reason(error: BaseException) -> str:

@@ -53,6 +53,8 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False) -> di
         clock = Clock(record.get("seconds"))
         log = MetricsLog(workdir, step)
         stack.callback(log.close)
+        for evaluated, loss in log.validated.items():  # a stop in mid-evaluation has saved its step without a loss
+            checkpoints.rank(evaluated, loss)
         logging.info("%s", describe(settings, corpus, first))
         progress = Progress(steps, step)
         stack.callback(progress.close)
@@ -102,6 +104,7 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False) -> di
                 return None
             if step not in log.validated:
                 log.write({"step": step, "split": "validation"} | found)
+            checkpoints.rank(step, found["loss"])
             logging.info("step %d: validation %.3f bits per byte", step, found["bits_per_byte"])
             return found
 

@@ -12,6 +12,8 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
+from research.files import write_whole
+
 PHASES = ("compile", "train", "data", "evaluate", "save")
 
 
@@ -34,16 +36,14 @@ class MetricsLog:
     """`metrics.jsonl` and `tensorboard/` of a workdir, both continued after `step`."""
 
     def __init__(self, workdir: Path, step: int):
-        """Cuts both back to `step`: what came later was not saved and will be done again."""
+        """Cuts both back to `step`: what came later was not saved and will be done again.
+
+        `validated` is {step: loss} of the evaluations that are kept.
+        """
         self.path = workdir / "metrics.jsonl"
         kept = [line for line in read_lines(self.path) if line["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
-        self.validated = {line["step"] for line in kept if line["split"] == "validation"}
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.validated = {line["step"]: line["loss"] for line in kept if line["split"] == "validation"}
         self._file = self.path.open("a")
         self._board = Board(workdir / "tensorboard", step + 1)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from research.decoding.generate import continue_tokens
+from research.files import write_whole
 
 
 def write(model, state, corpus, settings, path: Path) -> None:
@@ -27,7 +28,7 @@ def write(model, state, corpus, settings, path: Path) -> None:
     for name, prompt, continuation in zip(names, prompts, new, strict=True):
         text += [f"## {name}\n", "Given:\n", fenced(tokenizer.decode(prompt[1:])), "Written by the model:\n",
                  fenced(tokenizer.decode(continuation))]
-    path.write_text("\n".join(text))
+    write_whole(path, "\n".join(text))
 
 
 def fenced(text: str) -> str:

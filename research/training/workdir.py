@@ -10,6 +10,7 @@ from absl import logging
 from research import config, environment
 from research.errors import RequestError
 from research.experiment import flatten
+from research.files import write_whole
 
 
 @contextlib.contextmanager
@@ -53,7 +54,7 @@ def write_files(settings, workdir: Path, corpus, peak: float) -> None:
             for name in now:
                 if before[name] != now[name]:
                     logging.warning("config.%s was %s and is %s now", name, before[name], now[name])
-    path.write_text(settings.to_json())
+    write_whole(path, settings.to_json())
     corpus.tokenizer.save(workdir / "tokenizer.json")
     record = environment.describe() | {"corpus_hash": corpus.corpus_hash, "matmul_peak_flops": peak}
-    (workdir / "environment.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_whole(workdir / "environment.json", json.dumps(record, indent=2) + "\n")

@@ -2,13 +2,16 @@
 
     python -m tests.training.resume_kills --kills=100 [--seed=0] [--folder=DIR]
 
-A kill comes within a fifth of a second of a random line of the metrics that is still to be written, one in four
-while the process starts. A run that is done is compared and begun anew until all kills are spent. Prints what each
-kill met, and how often which phase at the end; exits with 1 where a run differs. About 10 s a kill on two cores.
+A run is killed four times, within a fifth of a second after a line of its metrics, drawn from all of them, or, one in
+four, while a process starts. Then it is left to its end and compared, and the next one begins, until all kills are
+spent. Prints what each kill met, and how often which phase at the end; exits with 1 where a run differs. About 15 s a
+kill on two cores.
 """
 
 import collections
+import contextlib
 import functools
+import math
 import random
 import shutil
 import signal
@@ -30,12 +33,15 @@ _FOLDER = flags.DEFINE_string("folder", None, "Where the runs are written and le
 FIELDS = {"training.steps": 40, "training.batch_ramp_start": 2, "training.batch_ramp_until": 0.5,
           "checkpoint.every_steps": 4, "evaluation.every_steps": 10}
 STARTING = 0.25  # share of the kills that come before a process's first step
+KILLS_A_RUN = 4  # more of them would nearly all meet its last steps
 
 
-def phase(workdir: Path, fields: dict) -> str:
-    """What a run that has begun to step is doing, by its files."""
-    if any((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp")):
-        return "saving"
+def phase(workdir: Path, fields: dict, since: float) -> str:
+    """What a run that has begun to step is doing, by its files; `since` is when its process was started."""
+    for path in (workdir / "checkpoints").glob("*.orbax-checkpoint-tmp"):
+        with contextlib.suppress(FileNotFoundError):  # just removed, or just whole
+            if path.stat().st_mtime >= since:  # not what an earlier kill has left
+                return "saving"
     try:
         last = runs.lines(workdir)[-1]
     except ValueError:
@@ -51,24 +57,22 @@ def count(workdir: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def live(workdir: Path, cache: Path, fields: dict, moments: random.Random | None, lines: int, startup: float):
-    """One process, killed at a moment that `moments` chooses, of `lines` and `startup` seconds in peace.
+def live(workdir: Path, cache: Path, fields: dict, line: float = math.inf, seconds: float = math.inf):
+    """One process, killed `seconds` after it has written a line and its metrics have `line` of them.
 
-    Returns the phase it was killed in; None when it was done before, or `moments` is None. Raises RunError for any
-    other end.
+    A `line` of 0: so many seconds after its start. Returns the phase it was killed in; None when it was done before.
+    Raises RunError for any other end.
     """
-    process = runs.start(runs.arguments(workdir, cache, **fields), cache)
-    begun, written, moment, met = count(workdir), 0, None, None
-    if moments is not None:
-        in_start, part, delay = moments.random() < STARTING, moments.random(), moments.uniform(0, 0.2)
-        if in_start:
-            moment = time.monotonic() + part * startup
+    since, process = time.time(), runs.start(runs.arguments(workdir, cache, **fields), cache)
+    begun, written, met = count(workdir), 0, None
+    moment = math.inf if line else time.monotonic() + seconds
     while process.poll() is None:
-        written, begun = count(workdir) - begun, min(begun, count(workdir))  # it cuts them back to its checkpoint
-        if moments is not None and moment is None and written > part * (lines - begun):
-            moment = time.monotonic() + delay
-        if moment is not None and time.monotonic() >= moment:
-            met = phase(workdir, fields) if written > 0 else "starting"
+        now = count(workdir)
+        written, begun = now - begun, min(begun, now)  # it cuts them back to its checkpoint
+        if moment == math.inf and written > 0 and now >= line:
+            moment = time.monotonic() + seconds
+        if time.monotonic() >= moment:
+            met = phase(workdir, fields, since) if written > 0 else "starting"
             process.send_signal(signal.SIGKILL)
             break
         time.sleep(0.002)
@@ -83,24 +87,28 @@ def live(workdir: Path, cache: Path, fields: dict, moments: random.Random | None
 def kill_and_compare(folder: Path, kills: int, seed: int, fields: dict, say=print) -> collections.Counter:
     """Spends the kills on one run after another. Returns the phases they met; raises RunError where a run differs."""
     cache, peace, again, workdir = (folder / name for name in ("cache", "peace", "again", "killed"))
-    live(peace, cache, fields, None, 0, 0)  # compiles everything
+    live(peace, cache, fields)  # compiles everything
     begin = time.time()
-    live(again, cache, fields, None, 0, 0)  # from the cache of compiled programs, as every restart
+    live(again, cache, fields)  # from the cache of compiled programs, as every restart
     compare(again, peace)
     lines, startup = count(peace), (again / "environment.json").stat().st_mtime - begin
     say(f"in peace, compiled anew and from the cache: equal; {startup:.1f} s to start a process of "
         f"{time.time() - begin:.1f} s")
     moments, met, done = random.Random(seed), collections.Counter(), 0
-    while met.total() < kills or workdir.exists():
-        where = live(workdir, cache, fields, moments if met.total() < kills else None, lines, startup)
-        if where is None:
-            compare(workdir, peace)
-            shutil.rmtree(workdir)
-            done += 1
-            say(f"run {done} is done and equal after {met.total()} kills")
-        else:
+    while met.total() < kills:
+        for line in sorted(moments.uniform(0, lines) for _ in range(min(KILLS_A_RUN, kills - met.total()))):
+            starting = moments.random() < STARTING
+            seconds = moments.uniform(0, startup if starting else 0.2)
+            where = live(workdir, cache, fields, 0 if starting else line, seconds)
+            if where is None:
+                break
             met[where] += 1
             say(f"kill {met.total()} of {kills}: {where}; checkpoints {', '.join(saved(workdir)) or 'none'}")
+        live(workdir, cache, fields)
+        compare(workdir, peace)
+        shutil.rmtree(workdir)
+        done += 1
+        say(f"run {done} is done and equal after {met.total()} kills")
     say(f"{kills} kills in {done} runs, all equal bit for bit: "
         + ", ".join(f"{number} {name}" for name, number in met.most_common()))
     return met

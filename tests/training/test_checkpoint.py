@@ -115,6 +115,23 @@ def test_keeps_the_last_and_the_best(tmp_path, losses, last, best, kept):
     assert saved(tmp_path, steps=[4, 5, 6], **arguments).list() == kept  # a new process knows the old losses
 
 
+def test_a_loss_that_is_told_later_ranks_its_checkpoint(tmp_path):
+    def run(steps, told):
+        checkpoints = Checkpoints(tmp_path, 1, 1)
+        for step, loss in told.items():
+            checkpoints.rank(step, loss)
+        for step in steps:
+            checkpoints.save(step, {"step": jnp.int32(step)}, {}, None if step == 2 else float(step))
+        checkpoints.close()
+        assert all(checkpoint.damage(tmp_path / str(step)) == "" for step in checkpoints.list())
+        return checkpoints.list()
+
+    assert run([1, 2], {}) == [1, 2]
+    assert run([3, 4], {2: 0.5, 4: 0.1}) == [2, 4]  # its own loss counts where a checkpoint has one
+    assert run([5], {2: 0.5}) == [2, 5]
+    assert run([6], {}) == [5, 6]
+
+
 def test_a_step_that_stands_intact_is_not_written_again(tmp_path):
     checkpoints = saved(tmp_path)
     manifest = tmp_path / "3" / checkpoint.MANIFEST

@@ -12,13 +12,14 @@ import pytest
 
 from research import config
 from research.command import Stopped
+from research.data.pipeline import load_corpus
 from research.errors import RequestError, RunError
 from research.training import loop
-from research.training.checkpoint import MANIFEST
-from research.training.workdir import owned
+from research.training.checkpoint import MANIFEST, seal
+from research.training.workdir import owned, write_files
 from tests.training import resume_kills, runs
 
-FIELDS = {"training.steps": 12, "checkpoint.every_steps": 3, "evaluation.every_steps": 6}
+FIELDS = {"training.steps": 12, "checkpoint.every_steps": 3, "evaluation.every_steps": 6, "checkpoint.keep_best": 2}
 TRAIN_FIELDS = {
     "step", "split", "loss", "next_token_loss", "mtp_loss", "balance_loss", "grad_norm", "learning_rate", "tokens",
     "tokens_per_second", "mfu", "load_violation", "load_violation_by_layer", "mtp_load_violation"}
@@ -70,7 +71,7 @@ def test_what_a_run_leaves(peace):
         "config.json", "metrics.jsonl", "checkpoints", "tokenizer.json", "tokenizer_config.json", "tensorboard",
         "samples.md", "environment.json", ".lock"}
     assert config.read(workdir) == settings().with_vocabulary(262)
-    assert {9, 12} <= set(steps(workdir)) and len(steps(workdir)) <= 3
+    assert steps(workdir) == [6, 9, 12]  # the last two, and the two that have a loss
     train = runs.lines(workdir, "train", times=True)
     assert [line["step"] for line in train] == list(range(1, 13))
     assert all(set(line) == TRAIN_FIELDS and line["tokens_per_second"] > 0 for line in train)
@@ -119,11 +120,35 @@ def test_a_damaged_newest_checkpoint_is_skipped(damage, peace, killed, caplog):
 
 def test_more_steps_continue_a_finished_run(peace):
     workdir, settings = peace
-    before = runs.lines(workdir)
-    loop.train(settings(**{"training.steps": 14}), workdir)
+    before, evaluated = runs.lines(workdir), workdir / "checkpoints/6"
+    (evaluated / "metrics/metrics").write_text('{"loss": null}')  # as a stop during its evaluation saves it
+    seal(evaluated)
+    loop.train(settings(**{"training.steps": 14, "checkpoint.keep_best": 3}), workdir)
     assert [line["step"] for line in runs.lines(workdir, "train")] == list(range(1, 15))
     assert runs.lines(workdir)[: len(before)] == before
-    assert steps(workdir)[-1] == 14 and config.read(workdir).training.steps == 14
+    assert steps(workdir) == [6, 12, 14] and config.read(workdir).training.steps == 14
+
+
+@pytest.mark.parametrize("files", range(4))
+def test_a_kill_while_the_files_are_written_leaves_each_whole(files, peace, monkeypatch):
+    """Killed when so many of them have been replaced: the others are the old ones, and the run can go on."""
+    workdir, settings = peace
+    before = {path.name: path.read_bytes() for path in workdir.iterdir() if path.is_file()}
+    corpus, replace, done = load_corpus(settings()), os.replace, []
+
+    def killed(part, path):
+        if len(done) == files:
+            raise KeyboardInterrupt
+        done.append(path.name)
+        replace(part, path)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_files(settings(**{"training.steps": 14}).with_vocabulary(262), workdir, corpus, 1.0)
+    after = {path.name: path.read_bytes() for path in workdir.iterdir() if path.is_file()}
+    assert {name for name in before if after[name] != before[name]} <= set(done) and after.keys() == before.keys()
+    assert config.read(workdir).training.steps == (14 if "config.json" in done else 12)
+    assert json.loads(after["environment.json"])["matmul_peak_flops"] > 1
 
 
 def test_fewer_steps_than_done_are_refused(peace):
@@ -171,6 +196,7 @@ def test_a_stop_during_an_evaluation_saves_at_once(at_step, killed, tmp_path, mo
     assert runs.lines(workdir)[-1]["step"] == at_step and runs.lines(workdir)[-1]["split"] == "train"
     loop.train(settings, workdir)
     assert runs.differences(workdir, folder / "peace") == []
+    assert steps(workdir) == steps(folder / "peace")  # the evaluation done later ranks the checkpoint
 
 
 def test_signals_save_and_leave(killed, tmp_path):

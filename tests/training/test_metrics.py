@@ -41,7 +41,7 @@ def test_lines_are_cut_back_to_the_checkpoint(tmp_path):
     written(tmp_path, train_line(1), train_line(2), validation, train_line(3))
     log = MetricsLog(tmp_path, 2)
     assert read_lines(tmp_path / "metrics.jsonl") == [train_line(1), train_line(2), validation]
-    assert log.validated == {2}
+    assert log.validated == {2: 3.0}
     log.write(train_line(3))
     log.sync()
     log.close()

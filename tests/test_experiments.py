@@ -7,6 +7,7 @@ import pytest
 
 from experiments import base
 from research import config, experiment
+from research.accounting import flops, parameters
 from research.errors import RequestError
 from tests.training import runs
 
@@ -46,6 +47,44 @@ def test_every_arm_builds_and_shrinks(file, arm):
         assert small.model[name] == settings.model[name]
     assert (small.model.q_lora_rank is None) == (settings.model.q_lora_rank is None)
     assert small.precision == settings.precision and small.data.fim_rate == settings.data.fim_rate
+
+
+def test_the_ladder_is_what_its_page_says():
+    """Every number of its table, by shape evaluation; sizes by their names; V3's proportions; 20 tokens a parameter."""
+    page = (runs.ROOT / "experiments/ladder.py").read_text()
+    rows = {row[0]: row[1:] for row in re.findall(r"^ +(\d+[mb]) +(\S+)M +(\S+)M +(\d+) +(\S+)B +(\S+)$", page, re.M)}
+    assert [*rows] == [arm for arm in arms_of("experiments/ladder.py") if arm != "smoke"]
+    v3 = load("experiments/deepseek_v3.py", "").model
+    for arm, row in rows.items():
+        settings = config.check(load("experiments/ladder.py", arm))
+        m, counted, steps = settings.model, parameters.count(settings), settings.training.steps
+        tokens = steps * settings.training.batch_size * settings.data.sequence_length
+        assert row == (f"{counted['total'] / 1e6:.2f}", f"{counted['active'] / 1e6:.2f}", str(steps),
+                       f"{tokens / 1e9:.3f}", f"{tokens * flops.training_per_token(settings):.1e}")
+        assert counted["total"] == pytest.approx(float(arm[:-1]) * {"m": 1e6, "b": 1e9}[arm[-1]], rel=0.1)
+        assert tokens / counted["active"] == pytest.approx(20, rel=1e-3)
+        for name in ("intermediate_size", "moe_intermediate_size", "q_lora_rank"):
+            assert m[name] / m.hidden_size == v3[name] / v3.hidden_size, name
+        for name in ("qk_rope_head_dim", "v_head_dim", "kv_lora_rank"):
+            assert m[name] / m.qk_nope_head_dim == v3[name] / v3.qk_nope_head_dim, name
+        assert m.num_attention_heads * m.v_head_dim / m.hidden_size == 128 * 128 / 7168
+        for name in ("attention", "scoring_func", "topk_method", "n_group", "topk_group", "num_experts_per_tok",
+                     "n_shared_experts", "bias_update", "bias_update_speed", "balance_loss", "aux_loss_alpha"):
+            assert m[name] == v3[name], name
+
+
+@pytest.mark.parametrize("changes", [
+    ("model.hidden_size=448", "model.num_hidden_layers=5", "model.n_routed_experts=128", "data.bpe_vocab_size=1024",
+     "model.qk_nope_head_dim=64", "training.batch_size=8", "data.sequence_length=1024"),
+    ("model.first_k_dense_replace=2", "model.num_experts_per_tok=4", "model.n_shared_experts=2", "model.v_head_dim=48",
+     "model.q_lora_rank=64", "model.kv_lora_rank=64", "model.qk_rope_head_dim=8", "model.moe_intermediate_size=128",
+     "model.intermediate_size=600", "model.num_attention_heads=10", "model.vocab_size=9000")])
+def test_the_steps_of_a_rung_follow_what_is_changed(changes):
+    settings = config.check(experiment.change(load("experiments/ladder.py", "10m"), changes))
+    tokens = settings.training.steps * settings.training.batch_size * settings.data.sequence_length
+    assert tokens / parameters.count(settings)["active"] == pytest.approx(20, rel=1e-3)
+    fixed = experiment.change(load("experiments/ladder.py", "10m"), [*changes, "training.steps=7"])
+    assert config.check(fixed).training.steps == 7
 
 
 @pytest.mark.parametrize("file", FILES)

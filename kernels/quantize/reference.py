@@ -5,13 +5,14 @@ entries, ragged at the far edges; each tile has one float32 scale. Scales are la
 (ceil(C/c), ceil(R/r)): a product that walks along C reads whole rows of them.
 """
 
-import jax
 import jax.numpy as jnp
+
+from kernels.quantize import division
 
 STORED_AS = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2, "e5m6": jnp.float16}  # JAX has no 12-bit type
 LARGEST = {"e4m3": 448.0, "e5m2": 57344.0, "e5m6": 65024.0}
 BITS = {"e4m3": 8, "e5m2": 8, "e5m6": 12}
-SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: nothing like the 1e-4 of inference kernels, gradients are small
+SMALLEST_SCALE = 2.0**-126  # the smallest normal float32, not the 1e-4 of inference kernels: gradients are small
 
 
 def scale_of(amax, kind: str, power_of_two: bool):
@@ -19,17 +20,15 @@ def scale_of(amax, kind: str, power_of_two: bool):
 
     power_of_two: rounded up to one, so that moving a value between tilings changes its exponent only (V3 §3.3.2).
     """
-    # XLA turns a division by a constant into a product with its rounded inverse: 54% of the scales would differ
-    largest = jax.lax.optimization_barrier(jnp.full(amax.shape, LARGEST[kind], jnp.float32))
-    scale = jnp.maximum(amax / largest, SMALLEST_SCALE)
+    scale = jnp.maximum(division.by_constant(amax, LARGEST[kind]), SMALLEST_SCALE)
     if power_of_two:
-        mantissa, exponent = jnp.frexp(scale)
-        scale = jnp.ldexp(jnp.ones_like(scale), jnp.where(mantissa == 0.5, exponent - 1, exponent))
-    return jnp.where(amax == 0, jnp.ones_like(scale), scale).astype(jnp.float32)
+        up = division.float_of(division.bits_of(scale) + division.SIGNIFICAND & division.EXPONENT)
+        scale = jnp.where(scale < jnp.inf, up, scale)
+    return jnp.where(amax == 0, 1.0, scale)
 
 
 def cast(x, kind: str):
-    """x rounded to the nearest value of the format, ties to even; beyond the largest, the largest (a cast gives NaN)."""
+    """x rounded to the nearest value of the format, ties to even; beyond the largest, that one (a cast gives NaN)."""
     x = jnp.clip(x.astype(jnp.float32), -LARGEST[kind], LARGEST[kind])
     if kind == "e5m6":
         exponent = jnp.maximum(jnp.frexp(x)[1] - 1, -14)
@@ -37,7 +36,7 @@ def cast(x, kind: str):
     return x.astype(STORED_AS[kind])
 
 
-def _spread(scales, tile, shape):
+def spread(scales, tile, shape):
     """Scales (ceil(C/c), ceil(R/r)) repeated to one for each entry of `shape` = (R, C)."""
     return jnp.repeat(jnp.repeat(scales.T, tile[0], axis=0), tile[1], axis=1)[: shape[0], : shape[1]]
 
@@ -57,12 +56,12 @@ def quantize(x_RC, tile, kind: str = "e4m3", power_of_two: bool = False):
 
 def quantize_with(x_RC, scales, tile, kind: str = "e4m3"):
     """Values under scales that are given (delayed scaling); what is too large for them saturates."""
-    return cast(x_RC.astype(jnp.float32) / _spread(scales, tile, x_RC.shape), kind)
+    return cast(division.divide(x_RC.astype(jnp.float32), spread(scales, tile, x_RC.shape)), kind)
 
 
 def dequantize(values_RC, scales, tile):
     """values * scale in float32."""
-    return values_RC.astype(jnp.float32) * _spread(scales, tile, values_RC.shape)
+    return values_RC.astype(jnp.float32) * spread(scales, tile, values_RC.shape)
 
 
 def quantize_both(x_RC, kind: str = "e4m3", power_of_two: bool = False):
@@ -70,7 +69,12 @@ def quantize_both(x_RC, kind: str = "e4m3", power_of_two: bool = False):
 
     Returns (values_RC, scales (ceil(C/128), R), values_CR, scales (ceil(R/128), C)).
     """
-    return *quantize(x_RC, (1, 128), kind, power_of_two), *quantize(x_RC.T, (1, 128), kind, power_of_two)
+    return *quantize(x_RC, (1, 128), kind, power_of_two), *quantize_transposed(x_RC, kind, power_of_two)
+
+
+def quantize_transposed(x_RC, kind: str = "e4m3", power_of_two: bool = False):
+    """The transpose of x in tiles of 128 along its last axis: (values_CR, scales (ceil(R/128), C))."""
+    return quantize(x_RC.T, (1, 128), kind, power_of_two)
 
 
 def quantize_weight(w_RC, kind: str = "e4m3", power_of_two: bool = False):

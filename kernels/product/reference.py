@@ -10,11 +10,11 @@ import jax.numpy as jnp
 def row_scales(scales, tile, rows: int, width: int, chunk: int):
     """Scales repeated to (ceil(width/chunk), rows): one for each row and chunk of the contraction."""
     by_row = jnp.repeat(scales, tile[0], axis=1)[:, :rows]
-    return jnp.repeat(by_row, max(1, tile[1] // chunk), axis=0)[: -(-width // chunk)]
+    return jnp.repeat(by_row, -(-tile[1] // chunk), axis=0)[: -(-width // chunk)]
 
 
 def product(a_RC, scales_a, tile_a, b_SC, scales_b, tile_b):
-    """float32 y_RS. Contraction tiles are multiples of 128, or both the same divisor of it (1x32)."""
+    """float32 y_RS. Contraction tiles are multiples of 128, or all of C, or both the same divisor of 128 (1x32)."""
     (R, C), S = a_RC.shape, b_SC.shape[0]
     chunk = min(128, tile_a[1], tile_b[1])
     sa = row_scales(scales_a, tile_a, R, C, chunk)

@@ -1,0 +1,110 @@
+"""Tiles of the Hopper kernels of products: what a search varies, what runs by default, and what follows from them."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+ROWS = 128  # of an output tile
+HALF = ROWS // 2  # rows of each computing warpgroup, as many as a tensor-core instruction has
+STEP = 128  # of the contraction, between promotions
+SHARED_MEMORY = 232448  # bytes a block of threads may have on Hopper
+H200_MULTIPROCESSORS = 132
+SCALES = ("global", "shared", "unfenced")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """What a search varies.
+
+    columns: of an output tile. stages: of the ring; fewer where shared memory is short. cluster: 2 for two blocks that
+    share rows. band: column tiles that are walked together, for the second-level cache. scales: read from `global`
+    memory, a step ahead; or fetched through the ring, `shared`, where a fence orders their reading before the next
+    fetch into their place; `unfenced` leaves it out, as CUDA libraries do and the memory model does not allow.
+    """
+
+    columns: int = 128
+    stages: int = 5
+    cluster: int = 1
+    band: int = 8
+    scales: str = "global"
+
+    def __post_init__(self):
+        if self.columns % 32 or not 32 <= self.columns <= 256:
+            raise ValueError(f"Tiles.columns={self.columns}: expected a multiple of 32 up to 256")
+        if self.stages < 2:
+            raise ValueError(f"Tiles.stages={self.stages}: expected at least 2")
+        if self.cluster not in (1, 2):
+            raise ValueError(f"Tiles.cluster={self.cluster}: expected 1 or 2")
+        if self.band < 1:
+            raise ValueError(f"Tiles.band={self.band}: expected at least 1")
+        if self.scales not in SCALES:
+            raise ValueError(f"Tiles.scales={self.scales!r}: expected one of {', '.join(SCALES)}")
+
+    def counts(self, rows: int, columns: int) -> tuple[int, int]:
+        """How many tiles a matrix has, down and across. ValueError where they do not fit."""
+        down, across = -(-rows // ROWS), -(-columns // self.columns)
+        if rows < ROWS or columns < self.columns or across % self.cluster:
+            raise ValueError(f"{self} does not fit a matrix of {rows} x {columns}")
+        return down, across
+
+
+class Layout(NamedTuple):
+    """Sizes that follow: from the tiles, S, the output's type and whether b has one scale for a block of 128 of S."""
+
+    part: int  # columns of a tile that share a scale of b, wherever it starts
+    slice: int  # columns that are stored at a time: as many as the widest swizzle of 128 bytes holds
+    stages: int
+
+    @classmethod
+    def of(cls, tiles: Tiles, columns: int, by_block: bool, out_dtype):
+        itemsize = jnp.dtype(out_dtype).itemsize
+        part = math.gcd(tiles.columns, 128, columns) if by_block else tiles.columns
+        width = math.gcd(part, 128 // itemsize)
+        fixed = _allocated(4 * HALF * width * itemsize) + 1024  # the barriers'
+        for stages in range(tiles.stages, 1, -1):
+            operands = stages * STEP * (ROWS + tiles.columns)
+            scales = 0
+            if tiles.scales != "global":
+                scales = _allocated(4 * stages * ROWS) + (0 if by_block else _allocated(4 * stages * tiles.columns))
+            if operands + scales + fixed <= SHARED_MEMORY:
+                return cls(part, width, stages)
+        raise ValueError(f"{tiles} needs more than {SHARED_MEMORY} bytes of shared memory with two stages")
+
+
+def _allocated(n_bytes: int) -> int:
+    """Each array in shared memory is rounded up to a kibibyte."""
+    return -(-n_bytes // 1024) * 1024
+
+
+def multiprocessors() -> int:
+    """Of the default device, or of the GPU that is meant where there is none."""
+    device = jax.devices()[0]
+    return device.core_count if device.platform == "gpu" else H200_MULTIPROCESSORS
+
+
+def default(rows: int, columns: int, by_block: bool) -> Tiles:
+    """128 columns, or 192 where those take less time by the number of rounds that all multiprocessors make."""
+    def time(tiles):
+        down, across = tiles.counts(rows, columns)
+        return -(-down * across // multiprocessors()) * tiles.columns
+
+    wide = Tiles(columns=192)
+    if by_block and columns >= 192 and time(wide) < time(Tiles()):  # with a scale a row, 192 columns spill registers
+        return wide
+    return Tiles()
+
+
+def candidates(columns: int, by_block: bool) -> list[Tiles]:
+    """What a search tries for a matrix of so many columns."""
+    found = []
+    for width in (128, 160, 192) if by_block else (128,):
+        clusters = (1, 2) if -(-columns // width) % 2 == 0 else (1,)
+        if width <= columns:
+            found += [Tiles(columns=width, cluster=cluster, scales=scales, stages=6)
+                      for cluster in clusters for scales in SCALES]
+            found += [Tiles(columns=width, cluster=cluster, band=band, stages=6)
+                      for cluster in clusters for band in (4, 16)]
+    return [*found, Tiles(stages=4)]

@@ -73,7 +73,9 @@ def get_config() -> ConfigDict:
     t.loss_weight_switch = 10 / 14.8  # fraction of the steps after which lambda is loss_weight_final
 
     c.precision = p = ConfigDict()
-    p.recipe = "float32"  # float32 | bfloat16: see research/precision/recipe.py
+    p.recipe = "float32"  # float32 | bfloat16 | fp8_deepseek | ...: research/precision/recipe.py lists them
+    p.high_precision = ""  # projections that an FP8 recipe leaves in bfloat16, by name, separated by commas
+    p.implementation = "auto"  # of quantised products: auto (the Pallas kernels on Hopper) | mosaic | xla | reference
 
     c.data = d = ConfigDict()
     d.source = "stdlib"  # stdlib: the running Python's own source files without its tests | files | huggingface

@@ -8,6 +8,7 @@ from pathlib import Path
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments import base
+from kernels.choice import IMPLEMENTATIONS
 from research.errors import RequestError, nearest
 from research.experiment import check_name, flatten
 from research.precision.recipe import RECIPES
@@ -24,6 +25,7 @@ CHOICES = {
     "model.remat": ("none", "norms", "layer"),
     "mtp.hidden": ("after_norm", "before_norm"),
     "precision.recipe": tuple(RECIPES),
+    "precision.implementation": IMPLEMENTATIONS,
     "data.source": ("stdlib", "files", "huggingface"),
     "optimizer.name": ("adamw", "muon"),
     "optimizer.moment_dtype": ("float32", "bfloat16"),
@@ -51,6 +53,8 @@ POSITIVE = ("model.rms_norm_eps", "model.initializer_range", "model.routed_scali
 FRACTIONS = ("model.bias_update_until", "mtp.loss_weight_switch", "data.fim_rate", "training.batch_ramp_until",
              "optimizer.warmup_fraction", "optimizer.plateau_until", "optimizer.cosine_until",
              "optimizer.cosine_final", "optimizer.tail_from", "optimizer.tail_final")
+PROJECTIONS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "k_proj", "v_proj", "o_proj",
+               "gate_proj", "up_proj", "down_proj", "eh_proj")
 LARGEST = 2**31 - 1  # of any whole number
 BELOW_ONE = ("optimizer.beta1", "optimizer.beta2", "training.ema_decay", "data.validation_fraction")
 
@@ -186,14 +190,16 @@ def _check_experts(c: dict, experts: int) -> None:
     if chosen > experts:
         raise RequestError.field("model.num_experts_per_tok", chosen,
                                  f"must be at most config.model.n_routed_experts={experts}")
-    if experts % groups:
-        raise RequestError.field("model.n_group", groups, f"does not divide config.model.n_routed_experts={experts}")
-    if kept > groups:
-        raise RequestError.field("model.topk_group", kept, f"must be at most config.model.n_group={groups}")
-    if kept * (experts // groups) < chosen:
-        raise RequestError.field("model.topk_group", kept,
-                                 f"is too small: {kept} groups of {experts // groups} experts hold fewer than "
-                                 f"config.model.num_experts_per_tok={chosen}")
+    if c["model.topk_method"] != "greedy":  # which looks at no groups
+        if experts % groups:
+            raise RequestError.field("model.n_group", groups,
+                                     f"does not divide config.model.n_routed_experts={experts}")
+        if kept > groups:
+            raise RequestError.field("model.topk_group", kept, f"must be at most config.model.n_group={groups}")
+        if kept * (experts // groups) < chosen:
+            raise RequestError.field("model.topk_group", kept,
+                                     f"is too small: {kept} groups of {experts // groups} experts hold fewer than "
+                                     f"config.model.num_experts_per_tok={chosen}")
     if c["model.first_k_dense_replace"] > c["model.num_hidden_layers"]:
         raise RequestError.field("model.first_k_dense_replace", c["model.first_k_dense_replace"],
                                  f"must be at most config.model.num_hidden_layers={c['model.num_hidden_layers']}")
@@ -212,6 +218,15 @@ def _check_training(c: dict) -> None:
         raise RequestError.field("training.accumulation_steps", pieces,
                                  "must be 1 with config.model.balance_loss='batch', whose product of means over the "
                                  "batch does not split into pieces")
+    if RECIPES[c["precision.recipe"]].delayed and pieces > 1:
+        raise RequestError.field("training.accumulation_steps", pieces,
+                                 f"must be 1 with config.precision.recipe={c['precision.recipe']!r}, whose histories "
+                                 f"advance once a step")
+    for name in filter(None, c["precision.high_precision"].split(",")):
+        if name not in PROJECTIONS:
+            raise RequestError.field("precision.high_precision", c["precision.high_precision"],
+                                     f"has {name!r}{nearest(name, PROJECTIONS)}; the projections are "
+                                     f"{', '.join(PROJECTIONS)}")
     length = c["data.sequence_length"]
     if length > c["model.max_position_embeddings"]:
         raise RequestError.field("data.sequence_length", length,

@@ -19,10 +19,9 @@ from ml_collections import FrozenConfigDict
 from research import config
 from research.command import run
 from research.errors import RequestError, RunError
-from research.interop.weights import read_weights
-from research.model.build import make_model, variable_shapes
+from research.interop.weights import read_weights, variables_of
+from research.model.build import make_model
 from research.precision.recipe import RECIPES
-from research.tree import paths
 
 LOGITS_AT_ONCE = 2**26  # of one call of the model: 256 MiB in float32
 
@@ -39,7 +38,7 @@ def score(checkpoint: Path, tokens: Path, output: Path, recipe: str | None = Non
     with _Output(output) as file:
         settings, variables = _read(checkpoint)
         if recipe is not None:
-            settings = replace(settings, precision=FrozenConfigDict({"recipe": recipe}))
+            settings = replace(settings, precision=FrozenConfigDict({**settings.precision, "recipe": recipe}))
         check_tokens(tokens, input_ids_BT, settings)
         np.savez(file, **logits(settings, variables, input_ids_BT))
 
@@ -153,14 +152,9 @@ def _read(checkpoint: Path):
     settings, saved = read_weights(checkpoint)
     if settings.model.vocab_size is None:
         raise RequestError(f"{checkpoint / 'config.json'}: config.model.vocab_size=None must be a whole number")
-    variables = {"params": saved["params"], "routing": saved["routing"]}
-    expected = paths(variable_shapes(make_model(settings), settings))
-    found = paths(variables)
-    for name in sorted(expected.keys() | found.keys()):
-        want, have = (tuple(leaves[name].shape) if name in leaves else "absent" for leaves in (expected, found))
-        if want != have:
-            raise RequestError(f"{checkpoint}: its checkpoint is not of the model in its config.json: {name} is {have} "
-                               f"and must be {want}")
+    variables, wrong = variables_of(saved, make_model(settings), settings)
+    if wrong:
+        raise RequestError(f"{checkpoint}: its checkpoint is not of the model in its config.json: {wrong}")
     return settings, variables
 
 

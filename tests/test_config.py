@@ -102,6 +102,17 @@ def test_whole_numbers_become_fractions_where_a_fraction_is_meant():
     assert theta == 500000.0 and isinstance(theta, float)
 
 
+def test_groups_are_checked_where_they_are_used():
+    groups = ("model.n_group=3", "model.topk_group=5", "model.num_experts_per_tok=6")
+    assert changed("model.topk_method=greedy", *groups).model.topk_group == 5
+    for method in ("noaux_tc", "group_limited_greedy"):
+        assert refused(f"model.topk_method={method}", *groups).startswith("config.model.n_group=3 does not divide ")
+        assert refused(f"model.topk_method={method}", "model.n_group=4", "model.topk_group=5").startswith(
+            "config.model.topk_group=5 must be at most ")
+        assert refused(f"model.topk_method={method}", "model.n_group=4", "model.num_experts_per_tok=6").startswith(
+            "config.model.topk_group=1 is too small: ")
+
+
 def test_the_config_is_locked():
     with pytest.raises(AttributeError):
         base.get_config().training.step = 3

@@ -8,7 +8,7 @@ from experiments import base
 from research.config import Settings, check
 from research.model.build import variable_shapes
 from research.model.transformer import Transformer
-from research.precision.matmul import Products
+from research.precision.products import Products
 from research.precision.recipe import RECIPES
 
 VOCABULARY = 32
@@ -40,7 +40,7 @@ def model(s: Settings, seed: int = 0, experts: str = "reference"):
 
     experts: the implementation; the reference compiles in a third of the time.
     """
-    built = Transformer(s.model, s.mtp, Products(RECIPES[s.precision.recipe], experts))
+    built = Transformer(s.model, s.mtp, Products(RECIPES[s.precision.recipe], experts_implementation=experts))
     return built, filled(variable_shapes(built, s), seed)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from kernels.attention import attention
 from research.model import rope
 from research.model.layers import Linear, RMSNorm
-from research.precision.matmul import Products
+from research.precision.products import Products
 
 LATENT_NORM_EPS = 1e-6  # the released implementations give rms_norm_eps to every norm but the two of the latents
 

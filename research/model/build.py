@@ -8,21 +8,23 @@ import numpy as np
 
 from research.model.balance import initial_bias
 from research.model.transformer import Transformer
-from research.precision.matmul import Products
+from research.precision.products import Products
 from research.precision.recipe import RECIPES
 from research.tree import map_paths
 
 
 def make_model(settings) -> Transformer:
     """The model of the settings, whose `model.vocab_size` is resolved."""
-    return Transformer(settings.model, settings.mtp, Products(RECIPES[settings.precision.recipe]))
+    p = settings.precision
+    names = tuple(filter(None, p.high_precision.split(",")))
+    return Transformer(settings.model, settings.mtp, Products(RECIPES[p.recipe], names, p.implementation))
 
 
 def variable_shapes(model: Transformer, settings):
-    """{`params`, `routing`} as ShapeDtypeStructs: nothing is allocated, whatever the size."""
+    """{`params`, `routing`, `amax`} as ShapeDtypeStructs: nothing is allocated, whatever the size."""
     example = jax.ShapeDtypeStruct((1, min(8, settings.data.sequence_length)), jnp.int32)
     variables = jax.eval_shape(model.init, jax.random.key(0), example, example, example)
-    return {"params": variables["params"], "routing": variables.get("routing", {})}
+    return {"params": variables["params"], "routing": variables.get("routing", {}), "amax": variables.get("amax", {})}
 
 
 def init_variables(model: Transformer, settings, seed: int):

@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from research.precision.matmul import Products
+from research.precision.experts import HISTORIES
+from research.precision.products import FEED_FORWARD, Products
 
 
 def rms_norm(x, scale, eps: float):
@@ -22,6 +23,25 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32), self.eps)
 
 
+def histories(module: nn.Module, products: Products, *names: str) -> dict:
+    """The state of delayed scaling of a module's operands, {} where there is none (most recipes; evaluation)."""
+    if not products.history or not (module.is_initializing() or module.has_variable("amax", "history")):
+        return {}
+    zeros = {name: jnp.zeros(products.history) for name in names}
+    return module.variable("amax", "history", lambda: zeros).value
+
+
+class Kernel(nn.Module):
+    """The matrix of a projection that another module multiplies with."""
+
+    shape: tuple[int, ...]
+    initializer_range: float
+
+    @nn.compact
+    def __call__(self):
+        return self.param("kernel", nn.initializers.normal(self.initializer_range), self.shape, jnp.float32)
+
+
 class Linear(nn.Module):
     """y = x w (+ b); the product is the recipe's."""
 
@@ -33,7 +53,9 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x):
         init = nn.initializers.normal(self.initializer_range)
-        y = self.products.linear(x, self.param("kernel", init, (x.shape[-1], self.features), jnp.float32))
+        w_DF = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
+        past = histories(self, self.products, "x", "w", "dy") if self.products.quantizes(self.name) else {}
+        y = self.products.linear(x, w_DF, self.name, past)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(y.dtype)
             y = y + jnp.expand_dims(bias, range(y.ndim - 1))
@@ -49,8 +71,8 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD):
-        def linear(name, features):
-            return Linear(features, self.products, self.initializer_range, name=name)
-
-        hidden_BTF = jax.nn.silu(linear("gate_proj", self.features)(x_BTD)) * linear("up_proj", self.features)(x_BTD)
-        return linear("down_proj", x_BTD.shape[-1])(hidden_BTF)
+        D, F = x_BTD.shape[-1], self.features
+        gate_DF, up_DF, down_FD = (Kernel(shape, self.initializer_range, name=name)() for name, shape in
+                                   zip(FEED_FORWARD, ((D, F), (D, F), (F, D)), strict=True))
+        past = histories(self, self.products, *HISTORIES) if self.products.quantizes(*FEED_FORWARD) else {}
+        return self.products.feed_forward(x_BTD, gate_DF, up_DF, down_FD, past)

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from research.model.balance import balance_loss, count, initial_bias
-from research.model.layers import FeedForward
-from research.precision.matmul import Products
+from research.model.layers import FeedForward, histories
+from research.precision.experts import HISTORIES
+from research.precision.products import FEED_FORWARD, Products
 
 
 def choose_experts(affinity_XE, bias_E, config):
@@ -79,7 +80,8 @@ class MixtureOfExperts(nn.Module):
             self.param("gate_proj", init, (E, D, F), jnp.float32),
             self.param("up_proj", init, (E, D, F), jnp.float32),
             self.param("down_proj", init, (E, F, D), jnp.float32),
-            indices_XK, weights_XK)
+            indices_XK, weights_XK,
+            histories(self, self.products, *HISTORIES) if self.products.quantizes(*FEED_FORWARD) else {})
         y_BTD = y_XD.reshape(B, T, D)
         if c.n_shared_experts:
             y_BTD = y_BTD + FeedForward(c.n_shared_experts * F, self.products, c.initializer_range,

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from research.model.layers import Linear, RMSNorm
-from research.precision.matmul import Products
+from research.precision.products import Products
 
 
 def shift_left(x_BT, k: int):

@@ -15,7 +15,8 @@ from research.model.attention import ATTENTION
 from research.model.layers import FeedForward, RMSNorm
 from research.model.moe import MixtureOfExperts
 from research.model.mtp import MultiTokenModule, shift_left
-from research.precision.matmul import Products, matmul
+from research.precision.matmul import matmul
+from research.precision.products import Products
 
 
 class Block(nn.Module):
@@ -98,13 +99,13 @@ class Transformer(nn.Module):
         def embed(tokens):
             return embedding_VD[tokens].astype(self.products.dtype)
 
-        def head(hidden_BTD):  # the head stays in 16 or 32 bits in every recipe
+        def head(hidden_BTD):  # 16 or 32 bits in every recipe; logits in float32
             logits_XV = matmul(hidden_BTD.reshape(-1, c.hidden_size), head_DV, (hidden_BTD.dtype,) * 3)
             return logits_XV.reshape(*hidden_BTD.shape[:2], c.vocab_size)
 
         def layers(name, length, x_BTD, **kwargs):
             unroll = c.scan_unroll or (length if jax.default_backend() == "cpu" else 1)
-            scan = nn.scan(block, length=length, variable_axes={"params": 0, "routing": 0},
+            scan = nn.scan(block, length=length, variable_axes={"params": 0, "routing": 0, "amax": 0},
                            split_rngs={"params": True}, in_axes=nn.broadcast, unroll=unroll)
             return scan(c, self.products, name=name, **kwargs)(x_BTD, *inputs)
 

@@ -1,12 +1,13 @@
-"""The matrix products of the model in the formats of a recipe: all that `model/` knows of precision."""
+"""One linear layer: its three products in the formats of a recipe."""
 
-from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from kernels.experts import experts
+import kernels.product as kernel
+from kernels.product import accumulator
+from research.precision.quantize import Quantized, both, quantize, weight
 from research.precision.recipe import Recipe
 
 
@@ -33,25 +34,63 @@ def _backward(formats, residuals, dy_XF):
 matmul.defvjp(_forward, _backward)
 
 
-@dataclass(frozen=True)
-class Products:
-    """The products that a recipe quantises. Hashable: it is part of the model's definition."""
+def product(a: Quantized, b: Quantized, accumulation: str, dtype, implementation: str):
+    """a_RC b_SC^T in `dtype`, accumulated as `recipe.Product` says."""
+    operands = a.values, a.scales, a.tile, b.values, b.scales, b.tile
+    if accumulation == "hopper":
+        return accumulator.product(*operands, promote=None).astype(dtype)
+    return kernel.product(*operands, out_dtype=dtype, implementation=implementation)
 
-    recipe: Recipe
-    experts_implementation: str = "auto"  # see kernels/experts
 
-    @property
-    def dtype(self):
-        """dtype of activations between layers."""
-        return jnp.dtype(self.recipe.activations)
+def kept_input(x_XD, recipe: Recipe, after_attention: bool, implementation: str, histories):
+    """x for the forward product, and what is kept of it for the weight gradient (never x itself)."""
+    if after_attention and recipe.attention_output:
+        return (quantize(x_XD, recipe.forward.left, implementation, histories.get("x")),
+                quantize(x_XD, recipe.attention_output, implementation))
+    if recipe.requantize:
+        quantized = quantize(x_XD, recipe.forward.left, implementation, histories.get("x"))
+        return quantized, quantized
+    return both(x_XD, recipe.forward.left, recipe.weight_gradient.left, implementation, 2 * [histories.get("x")])
 
-    def linear(self, x, w_DF):
-        """x (..., D) times w_DF, in the dtype of activations."""
-        y_XF = matmul(x.reshape(-1, x.shape[-1]), w_DF, self.recipe.formats)
-        return y_XF.astype(self.dtype).reshape(*x.shape[:-1], w_DF.shape[1])
 
-    def experts(self, x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK):
-        """The routed experts, in the dtype of activations; see `kernels.experts.experts`."""
-        y_XD = experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK,
-                       formats=self.recipe.formats, implementation=self.experts_implementation)
-        return y_XD.astype(self.dtype)
+def weight_gradient_input(kept: Quantized, recipe: Recipe, after_attention: bool, implementation: str):
+    """x^T as the weight gradient reads it, from what `kept_input` kept."""
+    if recipe.requantize or (after_attention and recipe.attention_output):
+        return quantize(kept.dequantized().swapaxes(-1, -2), recipe.weight_gradient.left, implementation)
+    return kept
+
+
+def updated(histories: dict, **operands):
+    """Histories after this step: each operand's largest magnitude comes first, the oldest goes."""
+    return {name: jnp.concatenate([jnp.max(jnp.abs(operands[name])).astype(jnp.float32)[None], history[:-1]])
+            for name, history in histories.items()}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def linear(x_XD, w_DF, histories, recipe: Recipe, after_attention: bool, implementation: str):
+    """y_XF = x w, all three products quantised (V3 §3.3); y in the dtype of x, dw in float32.
+
+    histories: {} or, for delayed scaling, the largest magnitudes of earlier steps of `x`, `w` and `dy`, (16,) each;
+    their "gradients" are the histories after this step.
+    """
+    return _linear_forward(x_XD, w_DF, histories, recipe, after_attention, implementation)[0]
+
+
+def _linear_forward(x_XD, w_DF, histories, recipe, after_attention, implementation):
+    x, kept = kept_input(x_XD, recipe, after_attention, implementation, histories)
+    w_t, w = weight(w_DF, recipe.forward.right, implementation, histories.get("w"))
+    y_XF = product(x, w_t, recipe.forward.accumulation, x_XD.dtype, implementation)
+    seen = updated({name: histories[name] for name in histories if name != "dy"}, x=x_XD, w=w_DF)
+    return y_XF, (kept.packed(), w.packed(), seen, histories.get("dy"))
+
+
+def _linear_backward(recipe, after_attention, implementation, residuals, dy_XF):
+    kept, w, seen, dy_history = residuals
+    dy, dy_t = both(dy_XF, recipe.input_gradient.left, recipe.weight_gradient.right, implementation, 2 * [dy_history])
+    dx_XD = product(dy, w.unpacked(), recipe.input_gradient.accumulation, dy_XF.dtype, implementation)
+    x_t = weight_gradient_input(kept.unpacked(), recipe, after_attention, implementation)
+    dw_DF = product(x_t, dy_t, recipe.weight_gradient.accumulation, jnp.float32, implementation)
+    return dx_XD, dw_DF, seen | ({} if dy_history is None else updated({"dy": dy_history}, dy=dy_XF))
+
+
+linear.defvjp(_linear_forward, _linear_backward)

@@ -15,35 +15,40 @@ from research.training.optimizer import make_optimizer
 
 
 def init_state(model: Transformer, settings, variables=None):
-    """The state of step 0: params, routing (biases), optimizer, ema (None when off), step.
+    """The state of step 0: params, routing (biases), amax (of delayed scaling), optimizer, ema (None when off), step.
 
     variables: weights to start from; None: drawn from `training.seed`.
     """
     if variables is None:
         variables = init_variables(model, settings, settings.training.seed)
-    return jax.jit(partial(_first_state, settings))(variables)
+    return jax.jit(partial(_first_state, model, settings))(variables)
 
 
 def abstract_state(model: Transformer, settings):
     """The state's shapes and dtypes; nothing is allocated."""
-    return jax.eval_shape(partial(_first_state, settings), variable_shapes(model, settings))
+    return jax.eval_shape(partial(_first_state, model, settings), variable_shapes(model, settings))
 
 
-def _first_state(settings, variables):
+def _first_state(model, settings, variables):
     params = variables["params"]
     return {
         "params": params,
         "routing": variables["routing"],
+        "amax": jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), variable_shapes(model, settings)["amax"]),
         "optimizer": make_optimizer(settings).init(params),
         "ema": jax.tree.map(jnp.copy, params) if settings.training.ema_decay else None,
         "step": jnp.zeros((), jnp.int32),
     }
 
 
-def apply_model(model, settings, params, routing, batch):
-    """Logits and intermediates of a batch, under the config's rule for attention across documents."""
-    return model.apply({"params": params, "routing": routing}, batch["tokens_BT"], batch["segments_BT"],
-                       batch["positions_BT"], attend_across=not settings.data.mask_documents)
+def apply_model(model, settings, params, routing, batch, amax=None):
+    """Logits and intermediates of a batch, under the config's rule for attention across documents.
+
+    amax: histories of delayed scaling; None or {}: every tensor scales itself.
+    """
+    variables = {"params": params, "routing": routing} | ({"amax": amax} if amax else {})
+    return model.apply(variables, batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"],
+                       attend_across=not settings.data.mask_documents)
 
 
 def loads_of(routing):
@@ -52,12 +57,13 @@ def loads_of(routing):
             "mtp": [r["loads"] for r in routing["mtp"] if r is not None]}
 
 
-def loss_of(params, routing, batch, total, pieces: int, weight, model, settings):
+def loss_of(trained, routing, batch, total, pieces: int, weight, model, settings):
     """The loss of one of `pieces` equal parts of a batch with `total` targets; the parts' losses sum to the batch's.
 
-    V3 Eq. 25 with every depth divided by the main loss's number of targets. Returns (loss, metrics).
+    V3 Eq. 25 with every depth divided by the main loss's number of targets. trained: {`params`, `amax`}; the "gradient"
+    of `amax` is its value after the step. Returns (loss, metrics).
     """
-    logits_BTV, out = apply_model(model, settings, params, routing, batch)
+    logits_BTV, out = apply_model(model, settings, trained["params"], routing, batch, trained["amax"])
     main, deeper = token_losses(logits_BTV, out["mtp_logits"], batch)
     main, deeper, balance = main / total, deeper / total, out["balance_loss"] / pieces
     loss = main + balance + (weight * jnp.mean(deeper) if deeper.size else 0)
@@ -84,18 +90,18 @@ def make_train_step(model: Transformer, settings):
     optimizer, pieces, steps = make_optimizer(settings), settings.training.accumulation_steps, settings.training.steps
     gradient = jax.value_and_grad(partial(loss_of, model=model, settings=settings), has_aux=True)
 
-    def accumulate(params, routing, batch, total, weight):
+    def accumulate(trained, routing, batch, total, weight):
         if pieces == 1:
-            (_, metrics), gradients = gradient(params, routing, batch, total, 1, weight)
+            (_, metrics), gradients = gradient(trained, routing, batch, total, 1, weight)
             return gradients, metrics
         parts = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), batch)
 
         def add(carry, part):
-            (_, metrics), gradients = gradient(params, routing, part, total, pieces, weight)
+            (_, metrics), gradients = gradient(trained, routing, part, total, pieces, weight)
             return jax.tree.map(jnp.add, carry, (gradients, metrics)), None
 
         first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(lambda p: gradient(params, routing, p, total, pieces, weight), first)
+        shapes = jax.eval_shape(lambda p: gradient(trained, routing, p, total, pieces, weight), first)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[1], shapes[0][1]))
         return jax.lax.scan(add, zeros, parts)[0]
 
@@ -104,7 +110,9 @@ def make_train_step(model: Transformer, settings):
         step = state["step"] + 1
         total = jnp.maximum(jnp.sum(batch["mask_BT"]), 1).astype(jnp.float32)
         weight = schedules.mtp_loss_weight(step, settings.mtp, steps)
-        gradients, metrics = accumulate(state["params"], state["routing"], batch, total, weight)
+        trained = {"params": state["params"], "amax": state["amax"]}
+        gradients, metrics = accumulate(trained, state["routing"], batch, total, weight)
+        gradients, amax = gradients["params"], gradients["amax"]
         loads = metrics.pop("loads")
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])
         params = optax.apply_updates(state["params"], updates)
@@ -121,6 +129,7 @@ def make_train_step(model: Transformer, settings):
         return {
             "params": params,
             "routing": update_routing(state["routing"], loads, settings.model, speed),
+            "amax": amax,
             "optimizer": optimizer_state,
             "ema": jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], params) if decay else None,
             "step": step,

@@ -47,7 +47,7 @@ def deep_folder(folder):
 def workdir(folder, recipe="float32", change=None):
     """The random model as a run leaves it."""
     settings, variables, _ = random_model()
-    settings = replace(settings, precision=FrozenConfigDict({"recipe": recipe}))
+    settings = replace(settings, precision=FrozenConfigDict({**settings.precision, "recipe": recipe}))
     config = json.loads(settings.to_json())
     for name, value in (change or {}).items():
         config["model"][name] = value

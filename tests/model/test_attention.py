@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from research.model.attention import ATTENTION
-from research.precision.matmul import Products
+from research.precision.products import Products
 from research.precision.recipe import RECIPES
 from tests import tiny
 from tests.model import reference

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from research.model.moe import MixtureOfExperts, choose_experts, gate_weights
-from research.precision.matmul import Products
+from research.precision.products import Products
 from research.precision.recipe import RECIPES
 from research.tree import paths
 from tests import tiny

@@ -1,0 +1,75 @@
+"""The products of the model in the formats of a recipe: all that `model/` knows of precision."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from kernels.experts import experts
+from research.precision.experts import swiglu
+from research.precision.matmul import linear, matmul
+from research.precision.recipe import Format, Recipe
+
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Products:
+    """The products that a recipe quantises. Hashable: it is part of the model's definition.
+
+    Embedding, gate, norms and the attention operators (scores, softmax, value product) never come here: they stay in
+    the dtype of activations or in float32 in every recipe (V3 §3.3.1).
+    """
+
+    recipe: Recipe
+    high_precision: tuple[str, ...] = ()  # projections in the dtype of activations, beside the recipe's own
+    implementation: str = "auto"  # of quantised products: see kernels/choice.py
+    experts_implementation: str = "auto"  # of float experts: see kernels/experts
+
+    @property
+    def dtype(self):
+        """dtype of activations between layers."""
+        return jnp.dtype(self.recipe.activations)
+
+    @property
+    def history(self) -> int:
+        """How many steps delayed scaling looks back; 0: the recipe does not."""
+        return Format.HISTORY if self.recipe.delayed else 0
+
+    @property
+    def _floats(self) -> tuple[str, str, str]:
+        """Operand dtypes of the three products that are not quantised."""
+        r = self.recipe
+        return 3 * (r.activations,) if r.quantized else (r.forward.left, r.input_gradient.left, r.weight_gradient.left)
+
+    def quantizes(self, *names: str) -> bool:
+        """Whether the recipe quantises the projections of these names; a feed-forward network's three go together."""
+        return self.recipe.quantized and not set(names) & {*self.recipe.high_precision, *self.high_precision}
+
+    def linear(self, x, w_DF, name: str, histories):
+        """x (..., D) times w_DF, in the dtype of activations. name: the projection's; histories: of `matmul.linear`."""
+        x_XD = x.reshape(-1, x.shape[-1])
+        if self.quantizes(name):
+            y_XF = linear(x_XD, w_DF, histories, self.recipe, name == "o_proj", self.implementation)
+        else:
+            y_XF = matmul(x_XD, w_DF, self._floats).astype(self.dtype)
+        return y_XF.reshape(*x.shape[:-1], w_DF.shape[1])
+
+    def feed_forward(self, x, gate_DF, up_DF, down_FD, histories):
+        """(silu(x gate) * (x up)) down for x (..., D), in the dtype of activations."""
+        if self.quantizes(*FEED_FORWARD):
+            x_XD = x.reshape(-1, x.shape[-1])
+            y_XD = swiglu(x_XD, gate_DF, up_DF, down_FD, None, None, histories, self.recipe, self.implementation)
+            return y_XD.reshape(x.shape)
+        gate, up, down = FEED_FORWARD
+        hidden = jax.nn.silu(self.linear(x, gate_DF, gate, {})) * self.linear(x, up_DF, up, {})
+        return self.linear(hidden, down_FD, down, {})
+
+    def experts(self, x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, histories):
+        """The routed experts, in the dtype of activations; see `kernels.experts.experts`."""
+        if self.quantizes(*FEED_FORWARD):
+            return swiglu(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, histories, self.recipe,
+                          self.implementation)
+        y_XD = experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK,
+                       formats=self._floats, implementation=self.experts_implementation)
+        return y_XD.astype(self.dtype)

@@ -1,0 +1,35 @@
+"""What FP8 costs in loss: the same model and data under bfloat16 and the FP8 recipes (V3 §3.3, Appendix B).
+
+Question: how far is each recipe's loss from bfloat16's? V3 reports less than 0.25% for the fine-grained recipe, and
+that block-wise (128x128) quantisation of gradients diverged on a 16B mixture of experts (Appendix B.2).
+Command, for each arm and seed, and the table of all of them:
+    python -m research.main --config=experiments/fp8.py:fp8_deepseek --workdir=runs/fp8/fp8_deepseek-0 \\
+        --config.training.seed=0
+    python -m research.compare --baseline=bfloat16 --folder=runs/fp8
+Cost: 2 to 3 minutes an arm and seed on two cores, at nano's size and a third of its steps; `float32` is a control: its
+distance from bfloat16 is what rounding alone does to a run. The arms gpu_... have 124M parameters: `make gpu-train`.
+Result: not yet run.
+"""
+
+from experiments import base, nano
+
+RECIPES = ("float32", "bfloat16", "fp8_deepseek", "fp8_tensor", "mxfp8", "fp8_blockwise_gradients")
+
+GPU = {  # widths are multiples of the tiles' 128; 65,536 tokens a step, about 16,000 rows for each expert
+    "model.hidden_size": 512, "model.intermediate_size": 1536, "model.num_hidden_layers": 9,
+    "model.num_attention_heads": 8, "model.num_key_value_heads": 8, "model.kv_lora_rank": 256,
+    "model.qk_nope_head_dim": 64, "model.qk_rope_head_dim": 32, "model.v_head_dim": 64,
+    "model.moe_intermediate_size": 256, "model.n_routed_experts": 32, "model.num_experts_per_tok": 8,
+    "data.bpe_vocab_size": 8192, "data.sequence_length": 2048, "training.batch_size": 32, "training.steps": 1000,
+    "optimizer.learning_rate": 2e-3, "optimizer.moment_dtype": "bfloat16", "evaluation.every_steps": 250,
+    "checkpoint.every_steps": 250}
+
+SWEEP = {name: {"precision.recipe": name} for name in RECIPES}
+SWEEP |= {f"gpu_{name}": {"precision.recipe": name, **GPU} for name in RECIPES}
+
+
+def get_config(arms: str = ""):
+    c = nano.get_config()
+    c.precision.recipe = "fp8_deepseek"
+    c.training.steps = 600
+    return base.select(c, arms, SWEEP)

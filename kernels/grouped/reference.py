@@ -1,14 +1,14 @@
-"""Products over rows sorted by expert, each expert's rows padded to whole blocks of 128.
+"""Products over rows sorted by expert, each expert's rows padded to whole blocks.
 
-The padded rows are (M, ...), M a multiple of 128; `expert_N` names the expert of each of the N = M/128 blocks, -1 for
-blocks behind the last one. Padding rows hold zeros. Tiles and layouts of scales: `kernels.quantize.reference`.
+The padded rows are (M, ...); `expert_N` names the expert of each of N blocks of M/N rows, -1 for blocks behind the last
+one. Padding rows hold zeros. Tiles and layouts of scales: `kernels.quantize.reference`.
 """
 
 import jax.numpy as jnp
 
 from kernels.product import reference
 
-BLOCK = 128
+BLOCK = 128  # rows, of the Hopper kernels
 
 
 def product(a_MC, scales_a, tile_a, b_ESC, scales_b, tile_b, expert_N):
@@ -16,7 +16,7 @@ def product(a_MC, scales_a, tile_a, b_ESC, scales_b, tile_b, expert_N):
 
     scales_b: (E, ...), those of each expert's matrix.
     """
-    E, rows_E = b_ESC.shape[0], jnp.repeat(expert_N, BLOCK)
+    E, rows_E = b_ESC.shape[0], jnp.repeat(expert_N, a_MC.shape[0] // expert_N.size)
     y_MS = jnp.zeros((a_MC.shape[0], b_ESC.shape[1]), jnp.float32)
     for e in range(E):
         y = reference.product(a_MC, scales_a, tile_a, b_ESC[e], scales_b[e], tile_b)
@@ -27,7 +27,7 @@ def product(a_MC, scales_a, tile_a, b_ESC, scales_b, tile_b, expert_N):
 def weight_gradient(a_RM, scales_a, tile_a, b_SM, scales_b, tile_b, expert_N, n_experts: int):
     """The contraction runs over an expert's rows: float32 dw_ERS; zeros for an expert without rows."""
     M = a_RM.shape[1]
-    of_M = jnp.repeat(expert_N, BLOCK)[:M]
+    of_M = jnp.repeat(expert_N, M // expert_N.size)
     parts = []
     for e in range(n_experts):
         mine = (of_M == e)[None]

@@ -11,8 +11,8 @@ from kernels.choice import choose
 from kernels.quantize import reference, xla
 from kernels.quantize.xla import decode, encode
 
-__all__ = ["decode", "dequantize", "encode", "quantize", "quantize_both", "quantize_transposed", "quantize_weight",
-           "quantize_with", "round_trip"]
+__all__ = ["decode", "dequantize", "encode", "quantize", "quantize_blocks", "quantize_both", "quantize_transposed",
+           "quantize_weight", "quantize_with", "round_trip"]
 
 FLOATS = ("float32", "bfloat16", "float16")
 
@@ -81,6 +81,19 @@ def quantize_weight(w_RC, kind: str = "e4m3", power_of_two: bool = False, implem
         from kernels.quantize import mosaic
         return mosaic.quantize_weight(w_RC, power_of_two)
     return _each(partial(_plain(chosen).quantize_weight, kind=kind, power_of_two=power_of_two), w_RC)
+
+
+def quantize_blocks(x_RC, tile, first_N, kind: str = "e4m3", power_of_two: bool = False, transposed: bool = False):
+    """x in tiles of at most tile[0] rows, which end where an expert's rows do, without padding to tiles: plain XLA.
+
+    x has N blocks of R/N rows, a divisor of tile[0]; first_N names the first block of each block's tile. Returns
+    (values, scales) in tiles of (R/N, tile[1]), equal scales for the blocks of one tile. transposed: x^T, in tiles of
+    (tile[1], R/N). ValueError for other blocks.
+    """
+    if x_RC.shape[0] % first_N.size or tile[0] % (x_RC.shape[0] // first_N.size):
+        raise ValueError(
+            f"quantize_blocks: {first_N.size} blocks of {x_RC.shape[0]} rows do not divide tiles of {tile}")
+    return xla.quantize_blocks(x_RC, tile, first_N, kind, power_of_two, transposed)
 
 
 def _without_kernel(operation: str, implementation: str):

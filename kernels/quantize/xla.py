@@ -132,6 +132,19 @@ def quantize_transposed(x_RC, kind: str = "e4m3", power_of_two: bool = False):
     return _transpose(values), scales.T
 
 
+def quantize_blocks(x_RC, tile, first_N, kind: str = "e4m3", power_of_two: bool = False, transposed: bool = False):
+    """See the package."""
+    N, rows = first_N.size, x_RC.shape[0] // first_N.size
+    blocks, tile = tile[0] // rows, (rows, tile[1])
+    amax, shared = amax_of(x_RC, tile), 0
+    for k in range(blocks):
+        block_N = jnp.minimum(first_N + k, N - 1)
+        shared = jnp.maximum(shared, jnp.where(first_N[block_N] == first_N, amax[:, block_N], 0))
+    scales = reference.scale_of(shared, kind, power_of_two)
+    values = quantize_with(x_RC, scales, tile, kind)
+    return (_transpose(values), scales.T) if transposed else (values, scales)
+
+
 def quantize_weight(w_RC, kind: str = "e4m3", power_of_two: bool = False):
     """See the reference."""
     values, scales = quantize(w_RC, (128, 128), kind, power_of_two)

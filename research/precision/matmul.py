@@ -53,13 +53,6 @@ def kept_input(x_XD, recipe: Recipe, after_attention: bool, implementation: str,
     return both(x_XD, recipe.forward.left, recipe.weight_gradient.left, implementation, 2 * [histories.get("x")])
 
 
-def weight_gradient_input(kept: Quantized, recipe: Recipe, after_attention: bool, implementation: str):
-    """x^T as the weight gradient reads it, from what `kept_input` kept."""
-    if recipe.requantize or (after_attention and recipe.attention_output):
-        return quantize(kept.dequantized().swapaxes(-1, -2), recipe.weight_gradient.left, implementation)
-    return kept
-
-
 def updated(histories: dict, **operands):
     """Histories after this step: each operand's largest magnitude comes first, the oldest goes."""
     return {name: jnp.concatenate([jnp.max(jnp.abs(operands[name])).astype(jnp.float32)[None], history[:-1]])
@@ -88,7 +81,9 @@ def _linear_backward(recipe, after_attention, implementation, residuals, dy_XF):
     kept, w, seen, dy_history = residuals
     dy, dy_t = both(dy_XF, recipe.input_gradient.left, recipe.weight_gradient.right, implementation, 2 * [dy_history])
     dx_XD = product(dy, w.unpacked(), recipe.input_gradient.accumulation, dy_XF.dtype, implementation)
-    x_t = weight_gradient_input(kept.unpacked(), recipe, after_attention, implementation)
+    x_t = kept.unpacked()
+    if recipe.requantize or (after_attention and recipe.attention_output):
+        x_t = quantize(x_t.dequantized().swapaxes(-1, -2), recipe.weight_gradient.left, implementation)
     dw_DF = product(x_t, dy_t, recipe.weight_gradient.accumulation, jnp.float32, implementation)
     return dx_XD, dw_DF, seen | ({} if dy_history is None else updated({"dy": dy_history}, dy=dy_XF))
 

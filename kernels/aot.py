@@ -161,7 +161,7 @@ def main() -> None:
         _h200()
     except Unavailable as error:
         raise RequestError(str(error)) from None
-    print(f"{'operation':<18}{'shape':<28}{'registers':>10}{'spills':>8}{'shared':>9}{'wgmma':>7}{'seconds':>9}  tiles")
+    print(f"{'operation':<25}{'shape':<20}{'registers':>10}{'spills':>8}{'shared':>9}{'wgmma':>7}{'seconds':>9}  tiles")
     rows, failures = [], []
     for operation in chosen.values():
         for shape in operation.shapes:
@@ -184,7 +184,7 @@ def _line(row: dict, found: list[str]) -> str:
     numbers = [max((kernel[field] for kernel in kernels), default="-") for field in Kernel._fields]
     columns = [str(n).rjust(width) for n, width in zip(numbers, (10, 8, 9, 7), strict=True)]
     tiles = " ".join(f"{name}={value}" for name, value in row["tiles"].items())
-    return "".join((f"{row['operation']:<18}{row['shape']:<28}", *columns,
+    return "".join((f"{row['operation']:<25}{row['shape']:<20}", *columns,
                     f"{row.get('seconds', '-'):>9}  {tiles}", *(f"\n    {defect}" for defect in found)))
 
 

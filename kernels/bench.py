@@ -32,8 +32,8 @@ _PEER_PYTHON = flags.DEFINE_string("peer_python", sys.executable, "The Python th
 _MINUTES = flags.DEFINE_float("minutes", None, "Ends after so many, failing when something is left: run it again.",
                               0, None, FLAGS)
 
-COLUMNS = (("operation", 18), ("shape", 22), ("of", 10), ("us", 10), ("range", 19), ("TFLOP/s", 9), ("GB/s", 8),
-           ("x bf16", 8), ("x XLA", 8), ("of bound", 9))
+COLUMNS = (("operation", 25), ("shape", 20), ("by", 10), ("us", 10), ("range", 19), ("TFLOP/s", 9), ("GB/s", 8),
+           ("x bf16", 8), ("x XLA", 8), ("of bound", 10))
 
 
 def main() -> None:
@@ -54,23 +54,25 @@ def main() -> None:
         raise RequestError(f"--search times tiles on a Hopper GPU, but {machine.refusal}")
     results.identify(machine.name)
     print(heading(machine), flush=True)
-    longest, left, made = 0.0, 0, []
-    for operation in chosen:
-        for shape in [operation.small] if machine.refusal else operation.shapes:
-            before = time.perf_counter()
-            kept = None if _AGAIN.value else results.find(operation.name, record.key_of(shape))
-            if kept is not None and kept["searched"] >= _SEARCH.value:
-                made.append(kept)
-                for name in kept["implementations"]:
-                    show(kept, name)
-            elif _MINUTES.value is not None and before - start + longest > 60 * _MINUTES.value:
-                left += 1
-            else:
-                made.append(comparison.compare(operation, shape, machine, results, _SEARCH.value, show))
-                longest = max(longest, time.perf_counter() - before)
+    longest, left, made = 0.0, 0, {}
+    for search in (False, True) if _SEARCH.value else (False,):  # a search takes long: first what there is
+        for operation in chosen:
+            for shape in [operation.small] if machine.refusal else operation.shapes:
+                before, key = time.perf_counter(), (operation.name, record.key_of(shape))
+                kept = None if _AGAIN.value and search == _SEARCH.value else results.find(*key)
+                if kept is not None and kept["searched"] >= search:
+                    made[key] = kept
+                    if search == _SEARCH.value:
+                        for name in kept["implementations"]:
+                            show(kept, name)
+                elif _MINUTES.value is not None and before - start + longest > 60 * _MINUTES.value:
+                    left += 1
+                else:
+                    made[key] = comparison.compare(operation, shape, machine, results, search, show)
+                    longest = max(longest, time.perf_counter() - before)
     if _PEER.value:
         peer(chosen, machine, results)
-    failures = [f"{one['operation']} {one['shape']} {name}: {row['failed']}" for one in made
+    failures = [f"{one['operation']} {one['shape']} {name}: {row['failed']}" for one in made.values()
                 for name, row in one["implementations"].items() if "failed" in row]
     if failures:
         raise RunError(f"{len(failures)} failed: {'; '.join(failures)}")
@@ -127,17 +129,24 @@ def show(result: dict, name: str) -> None:
     """Prints one row of the table."""
     rows = result["implementations"]
     row = rows[name]
-    cells, tail = [result["operation"], result["shape"], name], row.get("tiles", {})
+    cells = [result["operation"], result["shape"], name]
     if "us" in row:
         cells += [f"{row['us']:,.1f}", "-".join(f"{us:,.1f}" for us in row["us_range"]),
-                  f"{row['tflops']:,.1f}" if row["tflops"] else "", f"{row['gbytes']:,.0f}",
-                  _times(rows, "bfloat16", name), _times(rows, "xla", name), f"{result['bound_us'] / row['us']:.2f}"]
-    print(_line(cells), *(f"{field}={value}" for field, value in tail.items()), row.get("failed", ""), flush=True)
+                  _digits(row["tflops"]) if row["tflops"] else "", _digits(row["gbytes"]),
+                  _times(rows, "bfloat16", name), _times(rows, "xla", name)]
+        cells += [f"{result['bound_us'] / row['us']:.2f}"] if name != "bfloat16" else []  # the bound is of 8 bits
+    tail = [f"{field}={value}" for field, value in row.get("tiles", {}).items()]
+    print(_line(cells), *tail, *([row["failed"]] if "failed" in row else []), flush=True)
+
+
+def _digits(rate: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def _line(cells: list[str]) -> str:
     return "".join(cell.ljust(n) if i < 3 else cell.rjust(n)
-                   for i, (cell, (_, n)) in enumerate(zip(cells, COLUMNS, strict=False)))
+                   for i, (cell, (_, n)) in enumerate(zip(cells, COLUMNS, strict=False))).rstrip()
 
 
 def _times(rows: dict, other: str, name: str) -> str:

@@ -3,11 +3,22 @@
 import jax
 from absl import logging
 
+from kernels.tuned import TARGET
+
 IMPLEMENTATIONS = ("auto", "mosaic", "xla", "reference")
 
 
+def platform() -> str:
+    """`cpu` or `gpu`: of the device that is compiled for (`kernels.aot` names one by an abstract mesh), or of ours."""
+    meant = jax.sharding.get_abstract_mesh().abstract_device
+    return meant.platform if meant else jax.default_backend()
+
+
 def gpu_refusal() -> str | None:
-    """Why the default device cannot run a Hopper kernel; None when it can."""
+    """Why the device cannot run a Hopper kernel; None when it can."""
+    meant = jax.sharding.get_abstract_mesh().abstract_device
+    if meant and meant.device_kind == TARGET:
+        return None
     device = jax.devices()[0]
     if device.platform != "gpu":
         return f"the default device is a {device.platform}, not a GPU"
@@ -32,7 +43,7 @@ def choose(operation: str, implementation: str, refusal: str | None) -> str:
         return "mosaic"
     if implementation == "mosaic":
         raise ValueError(f"{operation}: implementation='mosaic' cannot run: {reason}")
-    if jax.default_backend() == "gpu":
+    if platform() == "gpu":
         _say_once(f"{operation}: plain XLA instead of the Pallas kernel: {reason}")
     return "xla"
 

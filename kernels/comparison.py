@@ -59,10 +59,10 @@ def compare(operation: Operation, shape, machine: Machine, results: Results, sea
     one = Comparison(operation, shape, machine, results)
     if operation.bfloat16 is not None:
         inputs = machine.inputs(operation, shape, operation.bfloat16_arguments)
-        add("bfloat16", one.row(operation.bfloat16(shape), inputs))
+        add("bfloat16", one.row("bfloat16", inputs))
         del inputs  # the next ones need the memory
     one.inputs = machine.inputs(operation, shape, operation.arguments)
-    add("xla", one.row(operation.xla(shape), one.inputs, keep=True))
+    add("xla", one.row("xla", one.inputs))
     if machine.refusal is None:
         tiles = operation.chosen(shape)
         if search:
@@ -82,12 +82,15 @@ class Comparison:
     def timed(self, function: Callable, inputs: list[tuple], effort: timing.Effort) -> timing.Timed:
         return timing.Timed(function, inputs, self.machine.bound(self.operation, self.shape), effort)
 
-    def row(self, function: Callable, inputs: list[tuple], keep: bool = False) -> dict:
-        """Times and rates, or {"failed": why} of what does not compile or run. keep: its results are the expected."""
+    def row(self, name: str, inputs: list[tuple]) -> dict:
+        """Times and rates of `xla`, whose results are the expected ones, or of `bfloat16`.
+
+        {"failed": why} of what does not compile or run.
+        """
         try:
-            timed = self.timed(function, inputs, self.machine.careful)
-            self.expected = timed.results() if keep else self.expected
-            return rates(self.operation, self.shape, timed.measure())
+            timed = self.timed(getattr(self.operation, name)(self.shape), inputs, self.machine.careful)
+            self.expected = timed.results() if name == "xla" else None
+            return rates(self.operation, self.shape, timed.measure(), name)
         except Exception as error:  # whatever refuses, compiler or device, is a line of the table
             _must_live(self.operation.name, error)
             return {"failed": _short(error)}
@@ -123,25 +126,30 @@ class Comparison:
         return best, tried
 
 
-def rates(operation: Operation, shape, seconds: timing.Seconds) -> dict:
-    """A row of what was measured."""
+def rates(operation: Operation, shape, seconds: timing.Seconds, name: str = "xla") -> dict:
+    """A row of what was measured. name: whose bytes were moved, see `Operation.traffic`."""
     return {
         "us": 1e6 * seconds.median, "us_range": [1e6 * seconds.least, 1e6 * seconds.greatest],
         "samples": seconds.samples, "calls_a_sample": seconds.calls,
         "tflops": operation.flops(shape) / seconds.median / 1e12,
-        "gbytes": operation.traffic(shape) / seconds.median / 1e9}
+        "gbytes": operation.traffic(shape, name) / seconds.median / 1e9}
 
 
 def relative_error(results, expected) -> float:
-    """The largest, over the arrays of both, of |result - expected| / |expected| in Frobenius' norm; inf for a NaN."""
+    """The largest, over the arrays of both, of |result - expected| / |expected| in Frobenius' norm; inf for a NaN.
+
+    0 only for the same bits.
+    """
     return max(float(e) if e == e else float("inf") for e in jax.tree.leaves(_relative_errors(results, expected)))
 
 
 @jax.jit
 def _relative_errors(results, expected):
     def one(a, b):
+        bits = [jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}") for x in (a, b)]
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        return jnp.linalg.norm((a - b).ravel()) / jnp.maximum(jnp.linalg.norm(b.ravel()), 1e-30)
+        error = jnp.linalg.norm((a - b).ravel()) / jnp.maximum(jnp.linalg.norm(b.ravel()), 1e-30)
+        return jnp.where(jnp.array_equal(*bits), 0.0, jnp.maximum(error, 1e-30))
 
     return jax.tree.map(one, results, expected)
 

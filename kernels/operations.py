@@ -4,8 +4,8 @@ Each folder's `shapes.py` holds its real shapes; here they meet with random argu
 counts that turn seconds into rates. Operations have the names under which `kernels.tuned` keeps their tiles.
 """
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,9 +21,15 @@ from kernels.product import mosaic as product_mosaic
 from kernels.product import shapes as product_shapes
 from kernels.product import tiles as product_tiles
 from kernels.product import xla as product_xla
+from kernels.quantize import mosaic as quantize_mosaic
+from kernels.quantize import shapes as quantize_shapes
+from kernels.quantize import xla as quantize_xla
+from kernels.swiglu import mosaic as swiglu_mosaic
+from kernels.swiglu import shapes as swiglu_shapes
+from kernels.swiglu import xla as swiglu_xla
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Operation:
     """One operation at its real shapes, each a NamedTuple of ints of the folder's `shapes.py`.
 
@@ -31,7 +37,7 @@ class Operation:
     than zeros' do (traceable: `jax.eval_shape` gives their shapes alone); `mosaic(shape, tiles)`, `xla(shape)` and
     `bfloat16(shape)` functions of those arrays, the last what a 16-bit program would run instead, None where there is
     no such thing; `bfloat16_arguments(shape, key)` the arrays of that one. The first two give the same results up to
-    `tolerance`, relative, of each result's norm.
+    `tolerance`, relative, of each result's norm; 0: the same bits.
     """
 
     name: str
@@ -42,13 +48,19 @@ class Operation:
     xla: Callable[[Any], Callable]
     chosen: Callable[[Any], Any]  # the tiles that run at a shape: tuned, or the default
     candidates: Callable[[Any], list[Any]]  # what a search tries
-    flops: Callable[[Any], float]  # of 8-bit products; 0 where there are none
-    traffic: Callable[[Any], float]  # bytes read once and written once
     tolerance: float
+    flops: Callable[[Any], float] = lambda shape: 0.0  # of 8-bit products
     bfloat16: Callable[[Any], Callable] | None = None
     bfloat16_arguments: Callable[[Any, Any], tuple] | None = None
     warpgroup_fp8: bool = False  # its PTX must hold the FP8 warpgroup instruction
     peer: Callable[[Any], tuple] | None = None  # cuBLASLt's product: rows, columns, contraction, b scaled by blocks
+
+    def traffic(self, shape, name: str = "xla") -> int:
+        """Bytes of the arguments and results of `xla` or `bfloat16`: what must be read and written."""
+        make = self.bfloat16_arguments if name == "bfloat16" else self.arguments
+        arguments = jax.eval_shape(partial(make, shape), jax.random.key(0))
+        results = jax.eval_shape(getattr(self, name)(shape), *arguments)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((arguments, results)))
 
 
 ROW, SQUARE = (1, 128), (128, 128)  # tiles: of activations and gradients, of weights
@@ -67,6 +79,11 @@ def scales(key, *shape):
 def chunks(n: int) -> int:
     """Tiles of 128 along n."""
     return -(-n // 128)
+
+
+def flops(shape) -> float:
+    """Of a product."""
+    return 2.0 * shape.rows * shape.columns * shape.contraction
 
 
 def dot(a_RC, b_SC, out_dtype):
@@ -93,20 +110,13 @@ def _product(name: str, shapes, tile_b, out_dtype, tolerance: float) -> Operatio
     def run(function, a, scales_a, b, scales_b):
         return function(a, scales_a, ROW, b, scales_b, tile_b, out_dtype=out_dtype)
 
-    def traffic(shape):
-        R, S, C = shape
-        scales = 4 * chunks(C) * (R + (chunks(S) if by_block else S))
-        return R * C + S * C + scales + R * S * jnp.dtype(out_dtype).itemsize
-
     return Operation(
         name, shapes, product_shapes.SMALL, arguments,
         mosaic=lambda shape, tiles: partial(run, partial(product_mosaic.product, tiles=tiles)),
         xla=lambda shape: partial(run, product_xla.product),
         chosen=lambda shape: product_mosaic.chosen(shape, by_block),
         candidates=lambda shape: product_tiles.candidates(shape.columns, by_block),
-        flops=lambda shape: 2.0 * shape.rows * shape.columns * shape.contraction,
-        traffic=traffic, tolerance=tolerance,
-        bfloat16=lambda shape: partial(dot, out_dtype=out_dtype),
+        flops=flops, tolerance=tolerance, bfloat16=lambda shape: partial(dot, out_dtype=out_dtype),
         bfloat16_arguments=lambda shape, key: (normal(key, shape.rows, shape.contraction),
                                                normal(jax.random.fold_in(key, 1), shape.columns, shape.contraction)),
         warpgroup_fp8=True, peer=lambda shape: (*shape, by_block))
@@ -128,10 +138,6 @@ def _grouped_product() -> Operation:
     def run(function, a, scales_a, b, scales_b, expert_N):
         return function(a, scales_a, ROW, b, scales_b, SQUARE, expert_N, out_dtype=jnp.bfloat16)
 
-    def traffic(shape):
-        E, M, S, C = shape
-        return M * C + E * S * C + 4 * chunks(C) * (M + E * chunks(S)) + 2 * M * S
-
     def bfloat16_arguments(shape, key):
         E, M, S, C = shape
         return normal(key, E, M // E, C), normal(jax.random.fold_in(key, 1), E, S, C)
@@ -142,8 +148,7 @@ def _grouped_product() -> Operation:
         xla=lambda shape: partial(run, grouped_xla.product),
         chosen=grouped_mosaic.chosen_for_product,
         candidates=lambda shape: product_tiles.candidates(shape.columns, by_block=True),
-        flops=lambda shape: 2.0 * shape.rows * shape.columns * shape.contraction,
-        traffic=traffic, tolerance=5e-3, warpgroup_fp8=True,
+        flops=flops, tolerance=5e-3, warpgroup_fp8=True,
         bfloat16=lambda shape: partial(dot, out_dtype=jnp.bfloat16), bfloat16_arguments=bfloat16_arguments)
 
 
@@ -156,10 +161,6 @@ def _grouped_weight_gradient() -> Operation:
     def run(function, shape, a, scales_a, b, scales_b, expert_N):
         return function(a, scales_a, ROW, b, scales_b, ROW, expert_N, shape.experts)
 
-    def traffic(shape):
-        E, R, S, M = shape
-        return (R + S) * (M + 4 * chunks(M)) + 4 * E * R * S
-
     def bfloat16_arguments(shape, key):
         E, R, S, M = shape
         return normal(key, E, R, M // E), normal(jax.random.fold_in(key, 1), E, S, M // E)
@@ -170,14 +171,85 @@ def _grouped_weight_gradient() -> Operation:
         xla=lambda shape: partial(run, grouped_xla.weight_gradient, shape),
         chosen=grouped_mosaic.chosen_for_weight_gradient,
         candidates=lambda shape: product_tiles.candidates(shape.columns, by_block=False),
-        flops=lambda shape: 2.0 * shape.rows * shape.columns * shape.contraction,
-        traffic=traffic, tolerance=1e-3, warpgroup_fp8=True,
+        flops=flops, tolerance=1e-3, warpgroup_fp8=True,
         bfloat16=lambda shape: partial(dot, out_dtype=jnp.float32), bfloat16_arguments=bfloat16_arguments)
 
 
+def activation(shape, key):
+    return (normal(key, *shape),)
+
+
+def weight(shape, key):
+    """One matrix or all experts': float32, as weights are kept."""
+    return (jax.random.normal(key, shape if shape.experts > 1 else shape[1:]),)
+
+
+def quantize_weight(w):
+    """In plain XLA, (R, C) or (E, R, C)."""
+    return (jax.vmap(quantize_xla.quantize_weight) if w.ndim == 3 else quantize_xla.quantize_weight)(w)
+
+
+def _quantizer(name: str, xla: Callable, shapes=quantize_shapes.ACTIVATIONS, small=quantize_shapes.SMALL_ACTIVATION,
+               arguments=activation) -> Operation:
+    return Operation(
+        name, shapes, small, arguments,
+        mosaic=lambda shape, tiles: partial(getattr(quantize_mosaic, name), tiles=tiles), xla=lambda shape: xla,
+        chosen=partial(quantize_mosaic.chosen, name), candidates=lambda shape: quantize_mosaic.candidates(name),
+        tolerance=0.0)
+
+
+def _weighted_swiglu(g_RF, u_RF, weight_R):
+    return jax.nn.silu(g_RF) * u_RF * weight_R[:, None]
+
+
+# An exponential that is off by 2**-22 moves one value in 2**16 or so to its neighbour, 2**-4 away: 2e-4 of the norm.
+SWIGLU_TOLERANCE = 1e-3
+
+
+def _swiglu_forward() -> Operation:
+    def arguments(shape, key):
+        return normal(key, *shape), normal(jax.random.fold_in(key, 1), *shape)
+
+    return Operation(
+        "swiglu_forward", swiglu_shapes.SHAPES, swiglu_shapes.SMALL, arguments,
+        mosaic=lambda shape, tiles: partial(swiglu_mosaic.forward, tiles=tiles),
+        xla=lambda shape: swiglu_xla.forward,
+        chosen=swiglu_mosaic.chosen_for_forward, candidates=lambda shape: swiglu_mosaic.FORWARD_CANDIDATES,
+        tolerance=SWIGLU_TOLERANCE,
+        bfloat16=lambda shape: lambda g, u: jax.nn.silu(g) * u, bfloat16_arguments=arguments)
+
+
+def _swiglu_backward() -> Operation:
+    def arguments(shape, key):
+        (R, F), keys = shape, jax.random.split(key, 6)
+        return (values(keys[0], R, F), scales(keys[1], chunks(F), R), values(keys[2], R, F),
+                scales(keys[3], chunks(F), R), normal(keys[4], R, F), jax.random.uniform(keys[5], (R,)))
+
+    def bfloat16(g, u, da, weight):
+        return jax.vjp(_weighted_swiglu, g, u, weight)[1](da)
+
+    def bfloat16_arguments(shape, key):
+        *g_u_da, last = jax.random.split(key, 4)
+        return *(normal(k, *shape) for k in g_u_da), jax.random.uniform(last, shape[:1], jnp.bfloat16)
+
+    return Operation(
+        "swiglu_backward", swiglu_shapes.SHAPES, swiglu_shapes.SMALL, arguments,
+        mosaic=lambda shape, tiles: partial(swiglu_mosaic.backward, tiles=tiles),
+        xla=lambda shape: swiglu_xla.backward,
+        chosen=swiglu_mosaic.chosen_for_backward, candidates=lambda shape: swiglu_mosaic.BACKWARD_CANDIDATES,
+        tolerance=SWIGLU_TOLERANCE,
+        bfloat16=lambda shape: bfloat16, bfloat16_arguments=bfloat16_arguments)
+
+
 OPERATIONS = {operation.name: operation for operation in (
+    _quantizer("quantize", partial(quantize_xla.quantize, tile=ROW)),
+    _quantizer("quantize_transposed", quantize_xla.quantize_transposed),
+    _quantizer("quantize_both", quantize_xla.quantize_both),
+    _quantizer("quantize_weight", quantize_weight, quantize_shapes.WEIGHTS, quantize_shapes.SMALL_WEIGHT, weight),
     _product("product", product_shapes.FORWARD + product_shapes.INPUT_GRADIENT, SQUARE, jnp.bfloat16, 5e-3),
     _product("weight_gradient", product_shapes.WEIGHT_GRADIENT, ROW, jnp.float32, 1e-3),
     _grouped_product(),
     _grouped_weight_gradient(),
+    _swiglu_forward(),
+    _swiglu_backward(),
 )}

@@ -62,9 +62,18 @@ def fields(tiles: Any) -> dict[str, int]:
     return {} if tiles is None else dataclasses.asdict(tiles)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Replaces the file in one step: whoever reads it, at whatever moment, sees a whole one."""
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replaces the file in one step: whoever reads it, at whatever moment, sees a whole one.
+
+    A list's items are lines of their own.
+    """
+    def text(value):
+        if isinstance(value, list) and value:
+            return "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        return json.dumps(value, indent=1).replace("\n", "\n ")
+
+    lines = ",\n ".join(f"{json.dumps(name)}: {text(value)}" for name, value in content.items())
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.write_text(json.dumps(content, indent=1) + "\n")
+    fresh.write_text(f"{{\n {lines}\n}}\n")
     os.replace(fresh, path)

@@ -1,8 +1,7 @@
 """Causal softmax attention over packed documents, for training and prefill."""
 
-import jax
-
 from kernels.attention import cudnn, reference, xla
+from kernels.choice import platform
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "reference")
 
@@ -20,4 +19,4 @@ def attention(q_BTNH, k_BTGH, v_BTGJ, segments_BT, scale: float, implementation:
         return cudnn.attention(q_BTNH, k_BTGH, v_BTGJ, scale)
     if implementation == "reference":
         return reference.attention(q_BTNH, k_BTGH, v_BTGJ, segments_BT, scale)
-    return xla.attention(q_BTNH, k_BTGH, v_BTGJ, segments_BT, scale, recompute=jax.default_backend() != "cpu")
+    return xla.attention(q_BTNH, k_BTGH, v_BTGJ, segments_BT, scale, recompute=platform() != "cpu")

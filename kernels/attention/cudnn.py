@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from kernels.choice import platform
+
 
 def applies(q_BTNH, segments_BT) -> bool:
     """Whether this backend, dtype, head width and mask are among what cuDNN computes."""
     H = q_BTNH.shape[-1]
-    return (jax.default_backend() == "gpu" and q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
+    return (platform() == "gpu" and q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
             and segments_BT is None and H <= 256 and H % 8 == 0)
 
 

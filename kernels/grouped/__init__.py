@@ -7,7 +7,6 @@ from kernels.grouped import reference, xla
 from kernels.grouped.reference import BLOCK
 from kernels.product.operands import check_scales, refusal
 
-
 SMALL_BLOCK = 32  # rows, in plain XLA: with many experts most rows of blocks of 128 would be padding
 
 

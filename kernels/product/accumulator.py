@@ -43,15 +43,15 @@ def product(a_RC, scales_a, tile_a, b_SC, scales_b, tile_b, promote: int | None 
     """The reference's product as Hopper would add it: float32 y_RS.
 
     promote: after so many of C, a multiple of 32, the tensor cores' sum is added to one in float32 and starts again;
-    None: never. Scales multiply that sum where promote divides 128, as the kernels do it; otherwise the products
+    None: never. Scales multiply that sum where none changes within it, as the kernels do it; otherwise the products
     before they are added, which no hardware does, but without which tiles could not be added up at all.
     """
     (R, C), S = a_RC.shape, b_SC.shape[0]
-    span = promote or -(-C // GROUP) * GROUP
-    if span % GROUP or span < 0:
+    span = -(-C // GROUP) * GROUP if promote is None else promote
+    if span % GROUP or span <= 0:
         raise ValueError(f"promote={promote}: expected a positive multiple of {GROUP}, or None")
-    spans, chunk = -(-C // span), min(tile_a[1], tile_b[1])
-    if 128 % span == 0 and (chunk % span == 0 or chunk >= C):
+    spans = -(-C // span)
+    if all(width % span == 0 or width >= C for _, width in (tile_a, tile_b)):
         a_RC, b_SC = a_RC.astype(jnp.float32), b_SC.astype(jnp.float32)
         sa, sb = row_scales(scales_a, tile_a, R, C, span), row_scales(scales_b, tile_b, S, C, span)
     else:

@@ -55,23 +55,22 @@ class Layout(NamedTuple):
     """Sizes that follow: from the tiles, S, the output's type and whether b has one scale for a block of 128 of S."""
 
     part: int  # columns of a tile that share a scale of b, wherever it starts
-    slice: int  # columns that are stored at a time: as many as the widest swizzle of 128 bytes holds
+    slice: int  # columns that are stored at a time, wherever a tile starts: at most the widest swizzle's 128 bytes
     stages: int
 
     @classmethod
     def of(cls, tiles: Tiles, columns: int, by_block: bool, out_dtype):
         itemsize = jnp.dtype(out_dtype).itemsize
         part = math.gcd(tiles.columns, 128, columns) if by_block else tiles.columns
-        width = math.gcd(part, 128 // itemsize)
-        fixed = _allocated(4 * HALF * width * itemsize) + 1024  # the barriers'
-        for stages in range(tiles.stages, 1, -1):
-            operands = stages * STEP * (ROWS + tiles.columns)
-            scales = 0
-            if tiles.scales != "global":
-                scales = _allocated(4 * stages * ROWS) + (0 if by_block else _allocated(4 * stages * tiles.columns))
-            if operands + scales + fixed <= SHARED_MEMORY:
-                return cls(part, width, stages)
-        raise ValueError(f"{tiles} needs more than {SHARED_MEMORY} bytes of shared memory with two stages")
+        width = math.gcd(part, columns, 128 // itemsize)
+        ring_scales = 0 if tiles.scales == "global" else 1 if by_block else 2  # of the rows, and of the columns
+
+        def size(stages):
+            scales = (ROWS, tiles.columns)[:ring_scales]
+            return (stages * STEP * (ROWS + tiles.columns) + sum(_allocated(4 * stages * n) for n in scales)
+                    + _allocated(4 * HALF * width * itemsize) + 1024)  # the barriers'
+
+        return cls(part, width, max(n for n in range(2, tiles.stages + 1) if size(n) <= SHARED_MEMORY))
 
 
 def _allocated(n_bytes: int) -> int:

@@ -1,5 +1,7 @@
 """The plain parts of the Transformer: norm, linear, embedding, dense feed-forward."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,12 @@ from research.precision.experts import HISTORIES
 from research.precision.products import FEED_FORWARD, Products
 
 
+@partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
 def rms_norm(x, scale, eps: float):
-    """x / rms(x) * scale over the last axis, in float32 whatever x is; returns x's dtype."""
+    """x / rms(x) * scale over the last axis, in float32 whatever x is; returns x's dtype.
+
+    Computed again in the backward pass, which would keep four float32 copies of x otherwise (V3 §3.2.3).
+    """
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
     return (y * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)

@@ -8,9 +8,9 @@ width, M depth of multi-token prediction, L layers.
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
+from kernels.choice import platform
 from research.model.attention import ATTENTION
 from research.model.layers import FeedForward, RMSNorm
 from research.model.moe import MixtureOfExperts
@@ -104,7 +104,7 @@ class Transformer(nn.Module):
             return logits_XV.reshape(*hidden_BTD.shape[:2], c.vocab_size)
 
         def layers(name, length, x_BTD, **kwargs):
-            unroll = c.scan_unroll or (length if jax.default_backend() == "cpu" else 1)
+            unroll = c.scan_unroll or (length if platform() == "cpu" else 1)
             scan = nn.scan(block, length=length, variable_axes={"params": 0, "routing": 0, "amax": 0},
                            split_rngs={"params": True}, in_axes=nn.broadcast, unroll=unroll)
             return scan(c, self.products, name=name, **kwargs)(x_BTD, *inputs)

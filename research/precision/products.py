@@ -1,6 +1,7 @@
 """The products of the model in the formats of a recipe: all that `model/` knows of precision."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,12 @@ from research.precision.matmul import linear, matmul
 from research.precision.recipe import Format, Recipe
 
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def silu_product(g, u):
+    """silu(g) * u, which keeps nothing but g and u for the backward pass."""
+    return jax.nn.silu(g) * u
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Products:
             y_XD = swiglu(x_XD, gate_DF, up_DF, down_FD, None, None, histories, self.recipe, self.implementation)
             return y_XD.reshape(x.shape)
         gate, up, down = FEED_FORWARD
-        hidden = jax.nn.silu(self.linear(x, gate_DF, gate, {})) * self.linear(x, up_DF, up, {})
+        hidden = silu_product(self.linear(x, gate_DF, gate, {}), self.linear(x, up_DF, up, {}))
         return self.linear(hidden, down_FD, down, {})
 
     def experts(self, x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, histories):

@@ -1,0 +1,138 @@
+"""Bytes of a training step, leaf by leaf, by shape evaluation: `python -m research.accounting.memory --config=FILE`.
+
+Prints, for each recipe, the bytes of the weights, of the optimiser's state, and of what the forward pass keeps for the
+backward pass, as on an H200 (whose kernels pad, lay out and recompute otherwise than plain XLA on a CPU). Nothing is
+allocated or compiled.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax.extend.core import Literal
+from ml_collections import FrozenConfigDict
+from tqdm import tqdm
+
+from kernels.tuned import TARGET
+from research import command, config, experiment
+from research.errors import RequestError, nearest
+from research.model.build import make_model, variable_shapes
+from research.precision.recipe import RECIPES
+from research.training.optimizer import make_optimizer
+from research.training.step import loss_of
+
+FLAGS = flags.FlagValues()
+_CONFIG = flags.DEFINE_string("config", None, "The experiment: FILE.py or FILE.py:arm.", FLAGS)
+_RECIPES = flags.DEFINE_list("recipes", ["float32", "bfloat16", "fp8_deepseek"], "Which recipes to count.", FLAGS)
+_FIELDS = flags.DEFINE_multi_string("config.", [], "--config.group.field=value changes a field.", FLAGS)
+
+
+def meant_for_h200():
+    """A context in which functions are traced as for an H200."""
+    device = jax.sharding.AbstractDevice(device_kind=TARGET, platform="gpu", num_cores=132)
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+
+
+def kept_by(function, *arguments) -> list[jax.ShapeDtypeStruct]:
+    """The residuals of `function`, differentiated by its first argument: arrays that are not among its arguments."""
+    def forward(first, *rest):
+        return jax.tree.leaves(jax.vjp(lambda x: function(x, *rest), first)[1])
+
+    jaxpr = jax.make_jaxpr(forward)(*arguments).jaxpr
+    kept = dict.fromkeys(x for x in jaxpr.outvars if not isinstance(x, Literal) and x not in set(jaxpr.invars))
+    return [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in kept]
+
+
+def parts(settings, tokens: int) -> dict[str, list[jax.ShapeDtypeStruct]]:
+    """What is kept of so many tokens by a projection (hidden_size wide), the one after attention, a dense and a routed
+    feed-forward network."""
+    m, products = settings.model, make_model(settings).products
+    D = m.hidden_size
+
+    made = jax.lax.optimization_barrier  # x is some operation's result: arguments would not count
+
+    def array(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def linear(name, features):
+        return kept_by(lambda x_w: products.linear(made(x_w[0]), x_w[1], name, {}),
+                       (array(tokens, features, dtype=products.dtype), array(features, D)))
+
+    def network(function, *more, experts=()):
+        F = m.moe_intermediate_size if experts else m.intermediate_size
+        weights = array(*experts, D, F), array(*experts, D, F), array(*experts, F, D)
+        return kept_by(lambda inputs, *more: function(made(inputs[0]), *inputs[1:], *more, {}),
+                       (array(tokens, D, dtype=products.dtype), *weights), *more)
+
+    value_width = m.v_head_dim if m.attention == "mla" else m.head_dim
+    found = {"projection": linear("q_proj", D), "o_proj": linear("o_proj", m.num_attention_heads * value_width),
+             "dense": network(products.feed_forward)}
+    if m.n_routed_experts:
+        K = m.num_experts_per_tok
+        found["experts"] = network(
+            lambda x, g, u, d, chosen, histories: products.experts(x, g, u, d, *chosen, histories),
+            (array(tokens, K, dtype=jnp.int32), array(tokens, K)), experts=(m.n_routed_experts,))
+    return found
+
+
+def of_model(settings, tokens: int) -> list[jax.ShapeDtypeStruct]:
+    """What is kept of so many tokens, in rows of the config's length, by the whole model with its losses."""
+    model, rows = make_model(settings), tokens // settings.data.sequence_length
+    variables = variable_shapes(model, settings)
+    ids_BT = jax.ShapeDtypeStruct((rows, settings.data.sequence_length), jnp.int32)
+    batch = {name: ids_BT for name in ("tokens_BT", "targets_BT", "segments_BT", "positions_BT")}
+    batch["mask_BT"] = jax.ShapeDtypeStruct(ids_BT.shape, bool)
+
+    def loss(params, variables, batch):
+        trained = {"params": params, "amax": variables["amax"]}
+        return loss_of(trained, variables["routing"], batch, 1.0, 1, 1.0, model, settings)[0]
+
+    return kept_by(loss, variables["params"], variables, batch)
+
+
+def bytes_of(leaves) -> int:
+    """E5M6, which is stored as float16 and which nothing else is, counts 12 bits an entry."""
+    return sum(leaf.size * 12 // 8 if leaf.dtype == jnp.float16 else leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def count(settings) -> dict:
+    """Bytes: `weights`; `optimizer`; `kept` and `kept_per_token` of each of the `parts` and the `model`, on an H200.
+
+    `kept_per_token` grows with the tokens; `kept` is what does not, the copies of weights in 8 bits.
+    """
+    tokens = settings.training.batch_size // settings.training.accumulation_steps * settings.data.sequence_length
+    params = variable_shapes(make_model(settings), settings)["params"]
+    with meant_for_h200():
+        once, twice = ({name: bytes_of(leaves) for name, leaves in found.items()} for found in (
+            parts(settings, n) | {"model": of_model(settings, n)} for n in (tokens, 2 * tokens)))
+    return {
+        "weights": bytes_of(jax.tree.leaves(params)),
+        "optimizer": bytes_of(jax.tree.leaves(jax.eval_shape(make_optimizer(settings).init, params))),
+        "kept": {name: 2 * once[name] - twice[name] for name in once},
+        "kept_per_token": {name: (twice[name] - once[name]) / tokens for name in once},
+    }
+
+
+def main() -> None:
+    if not _CONFIG.value:
+        raise RequestError("--config is missing: python -m research.accounting.memory --config=experiments/FILE.py")
+    for name in _RECIPES.value:
+        if name not in RECIPES:
+            raise RequestError(f"--recipes={name!r} is none of {', '.join(RECIPES)}{nearest(name, RECIPES)}")
+    settings = config.check(experiment.change(experiment.load(_CONFIG.value), _FIELDS.value))
+    if settings.model.vocab_size is None:
+        settings = settings.with_vocabulary(settings.data.bpe_vocab_size)
+    lines = []
+    for name in tqdm(_RECIPES.value, disable=None, leave=False):
+        found = count(replace(settings, precision=FrozenConfigDict({**settings.precision, "recipe": name})))
+        parts_of = found["kept_per_token"]
+        lines.append(f"{name:<24}{found['weights'] / 2**20:>11,.0f}{found['optimizer'] / 2**20:>11,.0f}"
+                     f"{found['kept']['model'] / 2**20:>11,.0f}" + "".join(f"{x:>12,.0f}" for x in parts_of.values()))
+    print("MiB of weights, of the optimiser's state, of 8-bit copies of weights; bytes kept of each token for the "
+          f"backward pass\n\n{'recipe':<24}{'weights':>11}{'optimiser':>11}{'copies':>11}"
+          + "".join(f"{name:>12}" for name in parts_of) + "\n" + "\n".join(lines))
+
+
+if __name__ == "__main__":
+    command.run(main, FLAGS)

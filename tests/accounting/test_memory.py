@@ -1,0 +1,102 @@
+"""Bytes that are kept for the backward pass: counted from shapes, checked against compiled programs."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ml_collections import FrozenConfigDict
+
+from experiments import fp8
+from research import config, experiment
+from research.accounting import memory
+from research.errors import RequestError
+
+TOKENS = 640  # no other size
+
+
+def settings(recipe: str, *changes):
+    found = config.check(experiment.change(fp8.get_config("smoke"), (
+        "model.hidden_size=256", "model.intermediate_size=512", "model.moe_intermediate_size=128",
+        "model.num_attention_heads=4", "model.v_head_dim=64", *changes)))
+    return replace(found.with_vocabulary(262), precision=FrozenConfigDict({**found.precision, "recipe": recipe}))
+
+
+def parts(recipe: str) -> dict[str, list]:
+    with memory.meant_for_h200():
+        return memory.parts(settings(recipe), TOKENS)
+
+
+def activations(leaves) -> int:
+    """Bytes of what has an entry or more for each token, scales apart: those have one for 128."""
+    return memory.bytes_of(leaf for leaf in leaves if TOKENS in leaf.shape and leaf.size >= 128 * TOKENS)
+
+
+def test_inputs_of_projections_are_half_of_16_bits_and_a_quarter_of_32():
+    found = {recipe: parts(recipe) for recipe in ("float32", "bfloat16", "fp8_deepseek")}
+    eight, sixteen, full = (activations(found[r]["projection"]) for r in ("fp8_deepseek", "bfloat16", "float32"))
+    assert (eight, sixteen, full) == (256 * TOKENS, 512 * TOKENS, 1024 * TOKENS)
+    eight, sixteen = (activations(found[r]["o_proj"]) for r in ("fp8_deepseek", "bfloat16"))
+    assert eight == 3 * sixteen // 4 == 384 * TOKENS  # E5M6 has 12 bits
+
+
+def test_a_feed_forward_network_keeps_its_input_and_swiglus():
+    """8 bits each: x and both of SwiGLU's; its output is computed again. bfloat16 keeps the output for its product."""
+    found = {recipe: activations(parts(recipe)["dense"]) for recipe in ("bfloat16", "fp8_deepseek")}
+    assert found["fp8_deepseek"] == (256 + 2 * 512) * TOKENS
+    assert found["bfloat16"] >= 2 * (256 + 3 * 512) * TOKENS
+
+
+@pytest.mark.parametrize("recipe", ["fp8_deepseek", "fp8_tensor", "mxfp8"])
+def test_nothing_of_more_bits_is_kept(recipe):
+    for part, leaves in parts(recipe).items():
+        e5m6 = [leaf for leaf in leaves if leaf.dtype == jnp.float16]
+        assert len(e5m6) == (part == "o_proj" and recipe == "fp8_deepseek")
+        eight = [leaf for leaf in leaves if leaf.dtype == jnp.uint8]
+        wide = [leaf for leaf in leaves if leaf.dtype not in (jnp.uint8, jnp.float16)]
+        assert max(leaf.size for leaf in wide) <= max(leaf.size for leaf in eight) / 32, part  # scales, and indices
+
+
+def test_the_count_is_that_of_the_compiled_program():
+    s = settings("fp8_deepseek")
+    products = memory.make_model(s).products
+
+    def forward(x, *weights):
+        return jax.tree.leaves(jax.vjp(lambda x: products.feed_forward(x, *weights, {}), x)[1])
+
+    weights = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((256, 512), (256, 512), (512, 256))]
+    arguments = jax.ShapeDtypeStruct((TOKENS, 256), jnp.bfloat16), *weights
+    compiled = jax.jit(forward).lower(*arguments).compile().memory_analysis().output_size_in_bytes
+    counted = memory.bytes_of(memory.kept_by(lambda x, *w: products.feed_forward(x, *w, {}), *arguments))
+    assert counted <= compiled <= 1.01 * counted + 1024  # arrays are aligned, and listed in a table
+
+
+def test_arguments_and_repeats_do_not_count():
+    x, y = jax.ShapeDtypeStruct((3, 4), jnp.float32), jax.ShapeDtypeStruct((4, 5), jnp.float32)
+    assert memory.kept_by(lambda x, y: jnp.sum(x @ y), x, y) == []
+    assert [leaf.shape for leaf in memory.kept_by(lambda x: jnp.sum(jnp.sin(x)), x)] == [(3, 4)]
+    assert len(memory.kept_by(lambda x: (lambda s: jnp.sum(s * s))(jnp.exp(x)), x)) == 1
+
+
+def test_what_does_not_grow_with_the_tokens_is_apart():
+    found = {recipe: memory.count(settings(recipe)) for recipe in ("bfloat16", "fp8_deepseek")}
+    assert found["bfloat16"]["weights"] == found["fp8_deepseek"]["weights"]
+    assert found["bfloat16"]["optimizer"] == pytest.approx(2 * found["bfloat16"]["weights"], rel=1e-4)  # Adam's two
+    assert found["bfloat16"]["kept"]["projection"] == 0
+    assert found["fp8_deepseek"]["kept"]["projection"] == 256 * 256 + 4 * 2 * 2  # its weight and the weight's scales
+    assert found["fp8_deepseek"]["kept_per_token"]["projection"] == 256 + 4 * 256 / 128
+    assert found["fp8_deepseek"]["kept_per_token"]["model"] < found["bfloat16"]["kept_per_token"]["model"]
+
+
+def test_norms_keep_only_what_they_read():
+    from research.model.layers import rms_norm
+
+    x, scale = jax.ShapeDtypeStruct((2, 8, 16), jnp.bfloat16), jax.ShapeDtypeStruct((16,), jnp.float32)
+    assert memory.kept_by(lambda x, scale: rms_norm(x, scale, 1e-6), x, scale) == []
+
+
+def test_wrong_requests(monkeypatch):
+    monkeypatch.setattr(memory, "_CONFIG", type("Flag", (), {"value": "experiments/fp8.py"}))
+    monkeypatch.setattr(memory, "_RECIPES", type("Flag", (), {"value": ["fp8_deepsek"]}))
+    with pytest.raises(RequestError, match="fp8_deepsek.*fp8_deepseek"):
+        memory.main()

@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
     m.initializer_range = 0.006  # V3 §4.2
     m.attention_implementation = "auto"  # auto | xla | cudnn | reference: see kernels/attention
     m.scan_unroll = 0  # layers in the body of the scan over layers; 0: all on a CPU (faster), one elsewhere
-    m.remat = "none"  # none | norms (V3 §3.2: norms and the attention's up-projections) | layer
+    m.remat = "none"  # none | up_projections (V3 §3.2.3: MLA's; norms always are computed again) | layer
 
     c.mtp = t = ConfigDict()
     t.num_nextn_predict_layers = 1  # depth M; 0 is off

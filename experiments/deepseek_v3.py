@@ -16,8 +16,8 @@ def get_config(arms: str = ""):
         num_key_value_heads=128, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
         v_head_dim=128, first_k_dense_replace=3, n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8,
         moe_intermediate_size=2048, n_group=8, topk_group=4, routed_scaling_factor=2.5, max_position_embeddings=4096,
-        initializer_range=0.006, remat="norms"))
-    c.precision.recipe = "bfloat16"
+        initializer_range=0.006, remat="up_projections"))
+    c.precision.recipe = "fp8_deepseek"
     c.data.sequence_length = 4096
     c.data.fim_rate = 0.1
     c.data.mask_documents = False

@@ -42,6 +42,7 @@ def get_config(arms: str = ""):
                   n_routed_experts=64, initializer_range=0.02))
     d.update(dict(bpe_vocab_size=8192, sequence_length=2048))
     t.update(dict(batch_size=16, batch_ramp_start=0, ema_decay=0.0))
+    c.precision.recipe = "bfloat16"
     c.optimizer.learning_rate = 3e-3
     c.evaluation.every_steps = 500
     c.checkpoint.every_steps = 500

@@ -22,7 +22,7 @@ CHOICES = {
     "model.bias_form": ("additive", "multiplicative"),
     "model.balance_loss": ("sequence", "batch", "expert", "none"),
     "model.rope_scaling.type": ("default", "yarn", "llama3"),
-    "model.remat": ("none", "norms", "layer"),
+    "model.remat": ("none", "up_projections", "layer"),
     "mtp.hidden": ("after_norm", "before_norm"),
     "precision.recipe": tuple(RECIPES),
     "precision.implementation": IMPLEMENTATIONS,

@@ -28,26 +28,28 @@ class MultiHeadLatentAttention(nn.Module):
         linear = partial(Linear, products=self.products, initializer_range=c.initializer_range)
         norm = partial(RMSNorm, LATENT_NORM_EPS)
 
-        if c.q_lora_rank is None:
-            q = linear(N * (H + P), name="q_proj")(x_BTD)
-        else:
-            query_latent = norm(name="q_a_layernorm")(linear(c.q_lora_rank, name="q_a_proj")(x_BTD))
-            q = linear(N * (H + P), name="q_b_proj")(query_latent)
-        q_BTNH, q_rope_BTNP = jnp.split(q.reshape(B, T, N, H + P), [H], axis=-1)
+        def attend(_, query, latent_BTR, rope_key_BTP, segments_BT, positions_BT):
+            """The up-projections and the operator."""
+            if c.q_lora_rank is not None:
+                query = linear(N * (H + P), name="q_b_proj")(norm(name="q_a_layernorm")(query))
+            q_BTNH, q_rope_BTNP = jnp.split(query.reshape(B, T, N, H + P), [H], axis=-1)
+            kv = linear(N * (H + J), name="kv_b_proj")(norm(name="kv_a_layernorm")(latent_BTR))
+            k_BTNH, v_BTNJ = jnp.split(kv.reshape(B, T, N, H + J), [H], axis=-1)
+            cos, sin = rope.rotation(positions_BT, P, c.rope_theta, c.rope_scaling)
+            q_rope_BTNP = rope.rotate(q_rope_BTNP, cos, sin, interleaved=True)
+            k_rope_BT1P = rope.rotate(rope_key_BTP[:, :, None], cos, sin, interleaved=True)
+            q = jnp.concatenate([q_BTNH, q_rope_BTNP], axis=-1)
+            k = jnp.concatenate([k_BTNH, jnp.broadcast_to(k_rope_BT1P, (B, T, N, P))], axis=-1)
+            return attention(q, k, v_BTNJ, segments_BT, rope.softmax_scale(H + P, c.rope_scaling),
+                             c.attention_implementation)
 
-        latent, rope_key = jnp.split(linear(c.kv_lora_rank + P, name="kv_a_proj_with_mqa")(x_BTD),
-                                     [c.kv_lora_rank], axis=-1)
-        latent_BTR = norm(name="kv_a_layernorm")(latent)
-        kv = linear(N * (H + J), name="kv_b_proj")(latent_BTR)
-        k_BTNH, v_BTNJ = jnp.split(kv.reshape(B, T, N, H + J), [H], axis=-1)
-
-        cos, sin = rope.rotation(positions_BT, P, c.rope_theta, c.rope_scaling)
-        q_rope_BTNP = rope.rotate(q_rope_BTNP, cos, sin, interleaved=True)
-        k_rope_BT1P = rope.rotate(rope_key[:, :, None], cos, sin, interleaved=True)
-        q = jnp.concatenate([q_BTNH, q_rope_BTNP], axis=-1)
-        k = jnp.concatenate([k_BTNH, jnp.broadcast_to(k_rope_BT1P, (B, T, N, P))], axis=-1)
-        o_BTNJ = attention(q, k, v_BTNJ, segments_BT, rope.softmax_scale(H + P, c.rope_scaling),
-                           c.attention_implementation)
+        if c.remat == "up_projections":
+            attend = nn.remat(attend, prevent_cse=False)
+        query = (linear(N * (H + P), name="q_proj") if c.q_lora_rank is None else
+                 linear(c.q_lora_rank, name="q_a_proj"))(x_BTD)
+        latent_BTR, rope_key_BTP = jnp.split(linear(c.kv_lora_rank + P, name="kv_a_proj_with_mqa")(x_BTD),
+                                             [c.kv_lora_rank], axis=-1)
+        o_BTNJ = attend(self, query, latent_BTR, rope_key_BTP, segments_BT, positions_BT)
         return linear(D, name="o_proj")(o_BTNJ.reshape(B, T, N * J))
 
 

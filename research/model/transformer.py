@@ -39,34 +39,6 @@ class Block(nn.Module):
         return x_BTD + y_BTD, routing
 
 
-CHEAP = frozenset((  # operations that `norms` does again: a norm's, those between products, and moves of their results
-    "add", "add_any", "and", "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "cos", "div", "eq",
-    "exp", "gt", "integer_pow", "iota", "le", "logistic", "lt", "max", "mul", "neg", "pad", "reduce_max", "reduce_or",
-    "reduce_sum", "reshape", "rsqrt", "select_n", "sin", "slice", "split", "square", "squeeze", "stop_gradient", "sub",
-    "transpose"))
-
-
-def rematerialised(c):
-    """The block class that keeps for the backward pass what `config.model.remat` says.
-
-    norms: every operation's result but those that are cheap to do again, and those of the attention's up-projections,
-    which are known by their weights' shapes. (A policy by names keeps what a name is given to, a copy of the same.)
-    """
-    if c.remat == "layer":
-        return nn.remat(Block, prevent_cse=False)
-    if c.remat == "norms":
-        heads, width = c.num_attention_heads, c.qk_nope_head_dim
-        up_projections = ((c.kv_lora_rank, heads * (width + c.v_head_dim)),
-                          (c.q_lora_rank, heads * (width + c.qk_rope_head_dim))) if c.attention == "mla" else ()
-
-        def kept(operation, *operands, **_):
-            is_up_projection = any(operand.shape in up_projections for operand in operands)
-            return not is_up_projection and operation.name not in CHEAP
-
-        return nn.remat(Block, prevent_cse=False, policy=kept)
-    return Block
-
-
 class Transformer(nn.Module):
     """A DeepSeek-V2/V3 model, or a dense Qwen2 or Llama 3 (attention `gqa`, no experts).
 
@@ -87,7 +59,7 @@ class Transformer(nn.Module):
         one document), `routing` ({`layers`: stacked over L, `mtp`: a tuple}) and `balance_loss`.
         """
         c = self.config
-        block = rematerialised(c)
+        block = nn.remat(Block, prevent_cse=False) if c.remat == "layer" else Block
         embedding_VD = self.param("embed_tokens", nn.initializers.normal(c.initializer_range),
                                   (c.vocab_size, c.hidden_size), jnp.float32)
         head_DV = embedding_VD.T if c.tie_word_embeddings else self.param(

@@ -10,9 +10,9 @@ PARITY_PYTHON ?= $(PYTHON)
 
 GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),.venv-gpu/bin/python,$(PYTHON))
 GPU_READY := $(if $(filter file,$(origin PYTHON)),.venv-gpu/ready)
-GPU_OPERATIONS ?= quantize quantize_both quantize_weight product grouped_product weight_gradient swiglu swiglu_backward
 GPU_ARMS ?= bfloat16 fp8_deepseek fp8_tensor mxfp8
 GPU_SEEDS ?= 0 1 2
+GPU_SECONDS ?= 440
 PEER_PYTHON ?= $(GPU_PYTHON)
 
 .PHONY: setup run test bench parity aot gpu gpu-device gpu-test gpu-bench gpu-train
@@ -52,32 +52,43 @@ parity: .venv-parity/ready
 aot: $(GPU_READY)
 	JAX_PLATFORMS=cpu $(GPU_PYTHON) -m kernels.aot
 
-# Everything that needs the GPU. Each command ends within 8 minutes and leaves what it has; `make gpu` again goes on.
-gpu:
-	$(MAKE) --keep-going gpu-test gpu-bench gpu-train
+# Everything that needs the GPU, in stages. Each ends within 8 minutes, leaves what it has in results/gpu/, and goes on
+# from there when it is called again: until all pass.
+gpu: gpu-device
+	@status=0; for stage in gpu-test gpu-bench gpu-train; do $(MAKE) --no-print-directory $$stage || status=1; done; \
+	exit $$status
+
+# Bounds a stage: `within COMMAND` runs it for what is left of its seconds, and ends the stage where nothing is.
+WITHIN = end=$$(($$(date +%s) + $(GPU_SECONDS))); within() { left=$$((end - $$(date +%s))); \
+	[ $$left -gt 0 ] || { echo "error: the time of this stage is over: call it again to go on" >&2; exit 1; }; \
+	timeout --foreground --kill-after=30 $$left "$$@"; }
 
 gpu-device: $(GPU_READY)
-	@$(GPU_PYTHON) -c 'import sys; from kernels.choice import gpu_refusal as why; sys.exit(why() and f"error: {why()}")'
+	@$(GPU_PYTHON) -c 'import logging, sys; logging.disable(); from kernels.choice import gpu_refusal as why; \
+		sys.exit(why() and f"error: {why()}")'
 	@mkdir -p results/gpu/train runs/gpu
 
 gpu-test: results/gpu/tests.passed
 
-results/gpu/tests.passed: $(wildcard kernels/*.py kernels/*/*.py tests/kernels/*.py) | gpu-device
-	JAX_PLATFORMS=cuda,cpu timeout -k 10 470 $(GPU_PYTHON) -m pytest -m gpu -rA --junitxml=results/gpu/tests.xml
+results/gpu/tests.passed: $(wildcard kernels/*.py kernels/*/*.py research/precision/*.py tests/*/*.py) | gpu-device
+	@$(WITHIN); { within env JAX_PLATFORMS=cuda,cpu $(GPU_PYTHON) -m pytest -m gpu -v --junitxml=results/gpu/tests.xml; \
+		echo $$? >results/gpu/tests.status; } 2>&1 | tee results/gpu/tests.txt; exit $$(cat results/gpu/tests.status)
 	@touch $@
 
-gpu-bench: $(GPU_OPERATIONS:%=gpu-bench-%)
+gpu-bench: gpu-device
+	@$(WITHIN); status=0; \
+	within $(GPU_PYTHON) -m kernels.bench --search --peer --peer_python=$(PEER_PYTHON) --minutes=7 \
+		--json=results/gpu/bench.json || status=1; \
+	for part in layer step; do [ results/gpu/$$part.json -nt kernels/tuned ] || \
+		within $(GPU_PYTHON) -m research.bench_precision --part=$$part --json=results/gpu/$$part.json || status=1; done; \
+	exit $$status
 
-gpu-bench-%: gpu-device
-	timeout -k 10 470 $(GPU_PYTHON) -m kernels.bench --op=$* --search --peer --peer_python=$(PEER_PYTHON) --minutes=7 \
-		--json=results/gpu/bench.json
-
-gpu-train: $(foreach arm,$(GPU_ARMS),$(foreach seed,$(GPU_SEEDS),runs/gpu/$(arm)-$(seed).finished))
-
-# SIGTERM makes a run save and stop: the next call continues it. arm and seed stand before and after the dash.
-runs/gpu/%.finished: | gpu-device
-	timeout -k 30 440 $(GPU_PYTHON) -m research.main --workdir=runs/gpu/$* \
-		--config=experiments/fp8.py:gpu_$(firstword $(subst -, ,$*)) \
-		--config.training.seed=$(lastword $(subst -, ,$*)); \
-	status=$$?; cp runs/gpu/$*/metrics.jsonl results/gpu/train/$*.jsonl && exit $$status
-	@touch $@
+# SIGTERM, which comes when the time is over, makes a run save and stop: the next call continues it.
+gpu-train: gpu-device
+	@$(WITHIN); status=0; \
+	for run in $(foreach seed,$(GPU_SEEDS),$(foreach arm,$(GPU_ARMS),$(arm)-$(seed))); do \
+		[ -e runs/gpu/$$run.finished ] && continue; \
+		within $(GPU_PYTHON) -m research.main --workdir=runs/gpu/$$run --config=experiments/fp8.py:gpu_$${run%-*} \
+			--config.training.seed=$${run##*-} && touch runs/gpu/$$run.finished || status=1; \
+		[ ! -e runs/gpu/$$run/metrics.jsonl ] || cp runs/gpu/$$run/metrics.jsonl results/gpu/train/$$run.jsonl; \
+	done; exit $$status

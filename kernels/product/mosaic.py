@@ -13,7 +13,8 @@ from kernels.tuned import tuned
 
 def chosen(shape: Shape, by_block: bool = True) -> Tiles:
     """The tiles that run at a shape: measured ones, or the default."""
-    return dataclasses.replace(default(shape.rows, shape.columns, by_block), **tuned("product", shape))
+    operation = "product" if by_block else "weight_gradient"
+    return dataclasses.replace(default(shape.rows, shape.columns, by_block), **tuned(operation, shape))
 
 
 def product(a_RC, scales_a, tile_a, b_SC, scales_b, tile_b, *, out_dtype=jnp.float32, tiles: Tiles | None = None,

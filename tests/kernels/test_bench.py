@@ -63,7 +63,6 @@ ADD = operations.Operation(
     chosen=lambda shape: Tiles(**{"rows": 1} | tuned.tuned("add", shape)),
     candidates=lambda shape: [Tiles(3), Tiles(1), Tiles(2), Tiles(4)],
     flops=lambda shape: 2.0 * shape.R * shape.C,
-    traffic=lambda shape: 8.0 * shape.R * shape.C,
     tolerance=1e-6,
     bfloat16=lambda shape: lambda x: x + 1,
     bfloat16_arguments=lambda shape, key: (jax.random.uniform(key, shape, jnp.bfloat16),),
@@ -213,6 +212,19 @@ def test_a_search_is_made_up_for(machine, tmp_path):
     assert run(path) == 0 and searched() == [True, True]
 
 
+def test_what_there_is_comes_before_a_search(machine, monkeypatch, capsys):
+    order = []
+
+    def compare(operation, shape, machine, kept, search, show, real=comparison.compare):
+        order.append((shape, search))
+        return real(operation, shape, machine, kept, search, show)
+
+    monkeypatch.setattr(comparison, "compare", compare)
+    assert run("--search") == 0
+    assert order == [(shape, search) for search in (False, True) for shape in ADD.shapes]
+    assert capsys.readouterr().out.count("mosaic") == 4
+
+
 def test_what_hung_is_not_tried_again_and_what_raised_is(machine, tmp_path):
     path = str(tmp_path / "bench.json")
     hung = results.Results(path)
@@ -281,6 +293,59 @@ def test_the_error_is_the_worst_arrays_and_sees_nans():
     assert comparison.relative_error(one, one) == 0
     assert comparison.relative_error(one | {"scales": jnp.full(4, 1.5)}, one) == pytest.approx(0.5)
     assert comparison.relative_error(one | {"scales": jnp.ones(4).at[2].set(jnp.nan)}, one) == float("inf")
+
+
+def test_no_error_is_the_same_bits():
+    scales = jnp.full(4, 1e-30)
+    values = jnp.array([0.0, 2.0**-9, 448.0], jnp.float8_e4m3fn)
+    expected = values, scales
+    assert comparison.relative_error((values, scales), expected) == 0
+    assert comparison.relative_error((values, scales.at[0].multiply(1 + 2.0**-23)), expected) > 0
+    assert comparison.relative_error((values.at[0].set(-0.0), scales), expected) > 0
+    moved = comparison.relative_error((values.at[2].set(416), scales), expected)
+    assert moved == pytest.approx(32 / 448)
+
+
+REAL = operations.OPERATIONS  # before a test puts others in their place
+
+
+@pytest.mark.parametrize("name, bytes_a_shape", {
+    "quantize": lambda R, C: 2 * R * C + R * C + 4 * R * C // 128,
+    "quantize_transposed": lambda R, C: 2 * R * C + R * C + 4 * R * C // 128,
+    "quantize_both": lambda R, C: 2 * R * C + 2 * (R * C + 4 * R * C // 128),
+    "quantize_weight": lambda E, R, C: E * (4 * R * C + 2 * (R * C + 4 * -(-R // 128) * -(-C // 128))),
+    "product": lambda R, S, C: R * C + S * C + 4 * C // 128 * (R + -(-S // 128)) + 2 * R * S,
+    "weight_gradient": lambda R, S, C: R * C + S * C + 4 * C // 128 * (R + S) + 4 * R * S,
+    "grouped_product": lambda E, M, S, C:
+        M * C + E * S * C + 4 * C // 128 * (M + E * S // 128) + 4 * M // 128 + 2 * M * S,
+    "grouped_weight_gradient": lambda E, R, S, M: (R + S) * (M + 4 * M // 128) + 4 * M // 128 + 4 * E * R * S,
+    "swiglu_forward": lambda R, F: 2 * 2 * R * F + 3 * (R * F + 4 * R * F // 128),
+    "swiglu_backward": lambda R, F: (1 + 1 + 2 + 5) * R * F + (2 + 5) * 4 * R * F // 128 + 4 * R + 4 * R,
+}.items())
+def test_operations_are_what_they_are_counted_as(name, bytes_a_shape):
+    """Bytes by hand; the kernel's results are those of plain XLA in shape and dtype."""
+    operation = REAL[name]
+    for shape in (operation.small, operation.shapes[0]):
+        assert operation.traffic(shape) == bytes_a_shape(*shape)
+        arguments = jax.eval_shape(lambda key, shape=shape: operation.arguments(shape, key), jax.random.key(0))
+        kernel = operation.mosaic(shape, operation.chosen(shape))
+        assert jax.eval_shape(kernel, *arguments) == jax.eval_shape(operation.xla(shape), *arguments)
+        if operation.bfloat16 is not None:
+            assert operation.traffic(shape, "bfloat16") > 0
+    assert REAL.keys() == {name for test in test_operations_are_what_they_are_counted_as.pytestmark
+                           for name, _ in test.args[1]}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_an_operation_reads_the_tiles_that_a_search_writes(monkeypatch, tmp_path, name):
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    operation, (shape, other, *_) = REAL[name], REAL[name].shapes
+    before = operation.chosen(shape), operation.chosen(other)
+    found = next(tiles for tiles in operation.candidates(shape) if tiles not in before)
+    tuned.write(tuned.TARGET, operation.name, shape, results.record.fields(found))
+    assert (operation.chosen(shape), operation.chosen(other)) == (found, before[1])
+    monkeypatch.undo()
+    tuned.read.cache_clear()
 
 
 PEER = """#!/bin/sh

@@ -103,6 +103,9 @@ def count(settings) -> dict:
     """
     tokens = settings.training.batch_size // settings.training.accumulation_steps * settings.data.sequence_length
     params = variable_shapes(make_model(settings), settings)["params"]
+    if settings.model.attention_implementation == "auto":  # cuDNN's, which keeps its output too, asks for the library
+        model = FrozenConfigDict({**settings.model, "attention_implementation": "xla"})
+        settings = replace(settings, model=model)
     with meant_for_h200():
         once, twice = ({name: bytes_of(leaves) for name, leaves in found.items()} for found in (
             parts(settings, n) | {"model": of_model(settings, n)} for n in (tokens, 2 * tokens)))

@@ -19,7 +19,7 @@ from kernels.grouped import BLOCK
 from kernels.product import accumulator
 from kernels.quantize import quantize_blocks
 from research.precision.matmul import kept_input, product, updated
-from research.precision.quantize import Quantized, both, quantize, weight
+from research.precision.quantize import Quantized, both, quantize, quantize_transposed, weight
 from research.precision.recipe import TILE, Format, Recipe
 
 HISTORIES = ("x", "gate", "up", "down", "a", "dg", "du", "dy")  # operands that delayed scaling follows
@@ -67,7 +67,7 @@ def _quantize(x_MC, form: Format, rows: Rows | None, implementation: str, histor
     block = x_MC.shape[0] // rows.expert_N.size if rows is not None else BLOCK
     tile = form.tile and (form.tile[::-1] if transposed else form.tile)
     if tile is None or tile[0] <= block:
-        return quantize(x_MC.T if transposed else x_MC, form, implementation, history)
+        return (quantize_transposed if transposed else quantize)(x_MC, form, implementation, history)
     values, scales = quantize_blocks(x_MC, tile, rows.first_N, form.kind, form.power_of_two, transposed)
     return Quantized(values, scales, replace(form, tile=(tile[1], block) if transposed else (block, tile[1])))
 

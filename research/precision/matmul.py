@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 import kernels.product as kernel
 from kernels.product import accumulator
-from research.precision.quantize import Quantized, both, quantize, weight
+from research.precision.quantize import Quantized, both, quantize, quantize_transposed, weight
 from research.precision.recipe import Recipe
 
 
@@ -83,7 +83,7 @@ def _linear_backward(recipe, after_attention, implementation, residuals, dy_XF):
     dx_XD = product(dy, w.unpacked(), recipe.input_gradient.accumulation, dy_XF.dtype, implementation)
     x_t = kept.unpacked()
     if recipe.requantize or (after_attention and recipe.attention_output):
-        x_t = quantize(x_t.dequantized().swapaxes(-1, -2), recipe.weight_gradient.left, implementation)
+        x_t = quantize_transposed(x_t.dequantized(), recipe.weight_gradient.left, implementation)
     dw_DF = product(x_t, dy_t, recipe.weight_gradient.accumulation, jnp.float32, implementation)
     return dx_XD, dw_DF, seen | ({} if dy_history is None else updated({"dy": dy_history}, dy=dy_XF))
 

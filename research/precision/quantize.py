@@ -73,7 +73,15 @@ def both(x_RC, form: Format, transposed: Format, implementation: str, histories=
             x_RC, form.kind, form.power_of_two, implementation=implementation)
         return Quantized(values, scales, form), Quantized(values_t, scales_t, form)
     return (quantize(x_RC, form, implementation, histories[0]),
-            quantize(x_RC.swapaxes(-1, -2), transposed, implementation, histories[1]))
+            quantize_transposed(x_RC, transposed, implementation, histories[1]))
+
+
+def quantize_transposed(x_RC, form: Format, implementation: str, history=None) -> Quantized:
+    """The transpose of x_RC in the format; without making it where tiles are of 128."""
+    if form.tile != (1, 128):
+        return quantize(x_RC.T, form, implementation, history)
+    values, scales = kernel.quantize_transposed(x_RC, form.kind, form.power_of_two, implementation=implementation)
+    return Quantized(values, scales, form)
 
 
 def weight(w_DF, form: Format, implementation: str, history=None):

@@ -30,7 +30,7 @@ run: setup
 
 test: setup
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses=2 --dist=loadfile
 
 bench: setup
 	$(BIN)/python -m research.bench

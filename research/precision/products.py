@@ -55,11 +55,13 @@ class Products:
 
     def linear(self, x, w_DF, name: str, histories):
         """x (..., D) times w_DF, in the dtype of activations. name: the projection's; histories: of `matmul.linear`."""
-        x_XD = x.reshape(-1, x.shape[-1])
-        if self.quantizes(name):
-            y_XF = linear(x_XD, w_DF, histories, self.recipe, name == "o_proj", self.implementation)
-        else:
-            y_XF = matmul(x_XD, w_DF, self._floats).astype(self.dtype)
+        if not self.quantizes(name):
+            return self._float_linear(x, w_DF)
+        y_XF = linear(x.reshape(-1, x.shape[-1]), w_DF, histories, self.recipe, name == "o_proj", self.implementation)
+        return y_XF.reshape(*x.shape[:-1], w_DF.shape[1])
+
+    def _float_linear(self, x, w_DF):
+        y_XF = matmul(x.reshape(-1, x.shape[-1]), w_DF, self._floats).astype(self.dtype)
         return y_XF.reshape(*x.shape[:-1], w_DF.shape[1])
 
     def feed_forward(self, x, gate_DF, up_DF, down_FD, histories):
@@ -68,9 +70,8 @@ class Products:
             x_XD = x.reshape(-1, x.shape[-1])
             y_XD = swiglu(x_XD, gate_DF, up_DF, down_FD, None, None, histories, self.recipe, self.implementation)
             return y_XD.reshape(x.shape)
-        gate, up, down = FEED_FORWARD
-        hidden = silu_product(self.linear(x, gate_DF, gate, {}), self.linear(x, up_DF, up, {}))
-        return self.linear(hidden, down_FD, down, {})
+        hidden = silu_product(self._float_linear(x, gate_DF), self._float_linear(x, up_DF))
+        return self._float_linear(hidden, down_FD)
 
     def experts(self, x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, histories):
         """The routed experts, in the dtype of activations; see `kernels.experts.experts`."""

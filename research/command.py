@@ -1,5 +1,6 @@
 """How every command of this package starts and ends: process settings, flags, one-line errors, exit codes."""
 
+import contextlib
 import itertools
 import logging
 import os
@@ -35,6 +36,17 @@ def run(main: Callable[[], None], values: flags.FlagValues = flags.FLAGS) -> Non
     for number in (signal.SIGINT, signal.SIGTERM):  # what comes while the interpreter shuts down just ends it
         signal.signal(number, signal.SIG_DFL)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def stops_held():
+    """Ctrl-C and SIGTERM wait for the end: in the middle of importing JAX's libraries they may abort the process."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
 
 def tune_process() -> None:

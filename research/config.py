@@ -8,7 +8,6 @@ from pathlib import Path
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments import base
-from kernels.choice import IMPLEMENTATIONS
 from research.errors import RequestError, nearest
 from research.experiment import check_name, flatten
 from research.precision.recipe import RECIPES
@@ -25,7 +24,7 @@ CHOICES = {
     "model.remat": ("none", "up_projections", "layer"),
     "mtp.hidden": ("after_norm", "before_norm"),
     "precision.recipe": tuple(RECIPES),
-    "precision.implementation": IMPLEMENTATIONS,
+    "precision.implementation": ("auto", "mosaic", "xla", "reference"),
     "data.source": ("stdlib", "files", "huggingface"),
     "optimizer.name": ("adamw", "muon"),
     "optimizer.moment_dtype": ("float32", "bfloat16"),

@@ -32,8 +32,9 @@ def main() -> None:
         raise RequestError("--config is required: an experiment such as experiments/nano.py")
     settings = config.check(experiment.change(chosen, _FIELDS.value))
 
-    from research import summary  # after the checks that need no JAX: a wrong field is answered at once
-    from research.training import loop
+    with command.stops_held():
+        from research import summary  # after the checks that need no JAX: a wrong field is answered at once
+        from research.training import loop
 
     if _MODE.value == "train":
         print(summary.of_training(loop.train(settings, workdir, profile=_PROFILE.value)))

@@ -3,12 +3,15 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
 from experiments import base
+from kernels import choice
 from research import config, experiment
 from research.errors import RequestError, nearest
 
@@ -100,6 +103,12 @@ def test_whole_numbers_become_fractions_where_a_fraction_is_meant():
     plain["model"]["rope_theta"] = 500000
     theta = config.check(plain).model.rope_theta
     assert theta == 500000.0 and isinstance(theta, float)
+
+
+def test_the_config_knows_the_implementations_without_jax():
+    assert config.CHOICES["precision.implementation"] == choice.IMPLEMENTATIONS
+    code = "import sys; from research import config; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 
 
 def test_groups_are_checked_where_they_are_used():

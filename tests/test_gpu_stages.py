@@ -96,7 +96,7 @@ def test_runs_go_on_until_all_are_finished(call, tmp_path):
 
 @pytest.mark.parametrize("stage", ["gpu-test", "gpu-bench", "gpu-train"])
 def test_a_stage_ends_when_its_time_is_over(call, tmp_path, stage):
-    code, said, calls = call(stage, "exec sleep 60", GPU_SECONDS=1)
+    code, said, calls = call(stage, "exec sleep 60", GPU_SECONDS=5)
     assert code and len(calls) == 1
     assert stage == "gpu-test" or "error: the time of this stage is over: call it again to go on" in said
     assert not list(tmp_path.glob("runs/gpu/*.finished")) and not list(tmp_path.glob("results/gpu/*.passed"))

@@ -73,11 +73,12 @@ def compile_for_h200(function: Callable, *arguments):
     """
     import jax
 
+    from kernels.choice import meant_for_h200
+
     sharding = _h200()
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
     jitted = function if hasattr(function, "lower") else jax.jit(function)
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    with meant_for_h200():
         return jitted.lower(*arguments).compile()
 
 

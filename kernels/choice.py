@@ -8,8 +8,14 @@ from kernels.tuned import TARGET
 IMPLEMENTATIONS = ("auto", "mosaic", "xla", "reference")
 
 
+def meant_for_h200():
+    """A context in which functions are traced as for an H200, wherever they are."""
+    device = jax.sharding.AbstractDevice(device_kind=TARGET, platform="gpu", num_cores=132)
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+
+
 def platform() -> str:
-    """`cpu` or `gpu`: of the device that is compiled for (`kernels.aot` names one by an abstract mesh), or of ours."""
+    """`cpu` or `gpu`: of the device that is compiled for, see `meant_for_h200`, or of ours."""
     meant = jax.sharding.get_abstract_mesh().abstract_device
     return meant.platform if meant else jax.default_backend()
 

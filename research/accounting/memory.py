@@ -14,7 +14,7 @@ from jax.extend.core import Literal
 from ml_collections import FrozenConfigDict
 from tqdm import tqdm
 
-from kernels.tuned import TARGET
+from kernels.choice import meant_for_h200
 from research import command, config, experiment
 from research.errors import RequestError, nearest
 from research.model.build import make_model, variable_shapes
@@ -26,12 +26,6 @@ FLAGS = flags.FlagValues()
 _CONFIG = flags.DEFINE_string("config", None, "The experiment: FILE.py or FILE.py:arm.", FLAGS)
 _RECIPES = flags.DEFINE_list("recipes", ["float32", "bfloat16", "fp8_deepseek"], "Which recipes to count.", FLAGS)
 _FIELDS = flags.DEFINE_multi_string("config.", [], "--config.group.field=value changes a field.", FLAGS)
-
-
-def meant_for_h200():
-    """A context in which functions are traced as for an H200."""
-    device = jax.sharding.AbstractDevice(device_kind=TARGET, platform="gpu", num_cores=132)
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
 def kept_by(function, *arguments) -> list[jax.ShapeDtypeStruct]:

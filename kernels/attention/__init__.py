@@ -1,8 +1,9 @@
 """Causal softmax attention over packed documents, for training and prefill."""
 
-from kernels.attention import cudnn, reference, xla
+from kernels.attention import cached, cudnn, reference, xla
 from kernels.choice import platform
 
+cached_attention = cached.attention
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "reference")
 
 

@@ -1,8 +1,8 @@
 """The routed experts of a layer: tokens to their experts and back (V3 Eq. 12)."""
 
-from kernels.experts import reference, xla
+from kernels.experts import few, reference, xla
 
-IMPLEMENTATIONS = ("auto", "xla", "reference")
+IMPLEMENTATIONS = ("auto", "xla", "inference", "reference")
 
 
 def experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, *,
@@ -11,8 +11,11 @@ def experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, *,
 
     indices_XK: int32, distinct within a token. formats: operand dtypes of the forward, input-gradient and
     weight-gradient products (all accumulate in float32). implementation: `auto` is `xla`, which runs anywhere;
-    `reference` computes all experts for all tokens.
+    `inference` has no gradient and takes fewer pairs than experts one by one; `reference` computes all experts for all
+    tokens.
     """
+    if implementation == "inference" and indices_XK.size <= gate_EDF.shape[0]:
+        return few.experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK)
     if implementation == "reference":
         return reference.experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK)
     capacity, blocks = xla.capacity_and_blocks(indices_XK.size, gate_EDF.shape[0])

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import numpy as np
-
-from research.decoding.generate import continue_tokens
+from research.decoding.generate import Decoder
+from research.decoding.sampling import Sampling
 from research.files import write_whole
 
 
@@ -22,10 +21,11 @@ def write(model, state, corpus, settings, path: Path) -> None:
         return
     params = state["params"] if state["ema"] is None else state["ema"]
     variables = {"params": params, "routing": state["routing"]}
-    prompts = np.array(starts, np.int32)
-    new = continue_tokens(model, variables, prompts, width, e.sample_temperature, settings.training.seed)
+    sampling = Sampling(e.sample_temperature)
+    new = Decoder(model, variables).generate(starts, width, sampling, seed=settings.training.seed,
+                                             ends=[tokenizer.eos_id]).tokens
     text = [f"# Samples after step {int(state['step'])}, temperature {e.sample_temperature}\n"]
-    for name, prompt, continuation in zip(names, prompts, new, strict=True):
+    for name, prompt, continuation in zip(names, starts, new, strict=True):
         text += [f"## {name}\n", "Given:\n", fenced(tokenizer.decode(prompt[1:])), "Written by the model:\n",
                  fenced(tokenizer.decode(continuation))]
     write_whole(path, "\n".join(text))

@@ -1,0 +1,1 @@
+from kernels.mla_decode.reference import mla_decode

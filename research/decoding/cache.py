@@ -1,0 +1,91 @@
+"""The cache of decoding: for each attention, what it keeps of the tokens before.
+
+Latent attention keeps the normed latent (R numbers a token) and the rotated rotary key (P); grouped-query attention
+keeps keys and values. Slot s of a row holds position s of its sequence. A query never sees beyond its own position, so
+that taking tokens back is only a matter of going on from an earlier position.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from kernels.quantize import dequantize, quantize
+
+STORAGE = ("float32", "bfloat16", "fp8")  # fp8: E4M3 in tiles of 1x128 (V3 §3.3.2), the rotary key in bfloat16
+WHOLE_IN_FP8 = ("rope_key",)  # position is all that these 64 numbers carry: 16 bits, as serving engines keep them
+
+
+@struct.dataclass
+class Rows:
+    """The slots of one attention: arrays (B, S, ...), by name; what is in 8 bits has its scales beside it."""
+
+    arrays: dict[str, jax.Array]
+    scales: dict[str, jax.Array]
+
+    def append(self, positions_BT, **new) -> "Rows":
+        """The rows with (B, T, ...) arrays written to the slots of consecutive positions, from positions_BT[:, 0]."""
+        arrays, scales = dict(self.arrays), dict(self.scales)
+        for name, values in new.items():
+            if name in scales:
+                values, of_tiles = _quantized(values)
+                scales[name] = _write(scales[name], of_tiles, positions_BT[:, 0])
+            arrays[name] = _write(arrays[name], values, positions_BT[:, 0])
+        return Rows(arrays, scales)
+
+    def read(self, name: str) -> jax.Array:
+        """All slots (B, S, ...): float32 or bfloat16 as they are stored; what is in 8 bits comes in bfloat16."""
+        values = self.arrays[name]
+        return _dequantized(values, self.scales[name]) if name in self.scales else values
+
+
+def _write(slots, new, start_B):
+    """`new` (B, T, ...) at slots start_B, ..., start_B + T - 1 of each row of `slots` (B, S, ...)."""
+    new = new.astype(slots.dtype)
+    for b in range(new.shape[0]):  # one update in place each: a scatter would copy or loop over single elements
+        at = (b, start_B[b]) + (0,) * (slots.ndim - 2)
+        slots = jax.lax.dynamic_update_slice(slots, new[b:b + 1], at)
+    return slots
+
+
+def _quantized(values):
+    """(B, T, ..., C) to E4M3 and float32 scales (B, T, ..., tiles of 128 along C)."""
+    flat = values.reshape(-1, values.shape[-1])
+    quantized, scales_CX = quantize(flat, (1, 128))
+    return quantized.reshape(values.shape), scales_CX.T.reshape(*values.shape[:-1], -1)
+
+
+def _dequantized(values, scales):
+    flat, C = values.reshape(-1, values.shape[-1]), scales.shape[-1]
+    return dequantize(flat, scales.reshape(-1, C).T, (1, 128)).astype(jnp.bfloat16).reshape(values.shape)
+
+
+def widths(config) -> dict[str, tuple[int, ...]]:
+    """Shape of what one attention keeps of a token, by name."""
+    if config.attention == "mla":
+        return {"latent": (config.kv_lora_rank,), "rope_key": (config.qk_rope_head_dim,)}
+    return dict.fromkeys(("key", "value"), (config.num_key_value_heads, config.head_dim))
+
+
+def empty_rows(config, batch: int, slots: int, storage: str) -> Rows:
+    """Rows of one attention without a token. storage: one of STORAGE."""
+    arrays, scales = {}, {}
+    for name, shape in widths(config).items():
+        dtype = jnp.dtype(storage) if storage != "fp8" else jnp.bfloat16
+        if storage == "fp8" and name not in WHOLE_IN_FP8:
+            dtype = jnp.float8_e4m3fn
+            scales[name] = jnp.zeros((batch, slots, *shape[:-1], -(-shape[-1] // 128)), jnp.float32)
+        arrays[name] = jnp.zeros((batch, slots, *shape), dtype)
+    return Rows(arrays, scales)
+
+
+def empty_cache(model, batch: int, slots: int, storage: str) -> dict[str, list[Rows]]:
+    """{`layers`: rows of each layer, `mtp`: of each multi-token module}."""
+    depths = {"layers": model.config.num_hidden_layers, "mtp": model.mtp.num_nextn_predict_layers}
+    return {name: [empty_rows(model.config, batch, slots, storage) for _ in range(number)]
+            for name, number in depths.items()}
+
+
+def bytes_per_token(model, storage: str) -> int:
+    """Of the main model's cache, its scales included; V3 in bfloat16: 70,272."""
+    rows = jax.eval_shape(lambda: empty_rows(model.config, 1, 1, storage))
+    return model.config.num_hidden_layers * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(rows))

@@ -40,6 +40,7 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False) -> di
     with contextlib.ExitStack() as stack:
         stack.enter_context(owned(workdir))
         stack.enter_context(explained(checkpoints, lambda: step))
+        stack.enter_context(environment.runnable())
         batches = TrainBatches(corpus, settings)
         stack.callback(batches.close)
         state, record = start(model, settings, checkpoints)
@@ -148,6 +149,7 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False) -> di
                 "peak_flops": peak, "flops_per_token": flops_per_token, "workdir": str(workdir)}
 
 
+@environment.runnable()
 def evaluate_newest(settings: config.Settings, workdir: Path) -> dict:
     """Evaluates the workdir's newest intact checkpoint on all held-out text; writes nothing."""
     checkpoints = Checkpoints(workdir / "checkpoints", settings.checkpoint.keep_last, settings.checkpoint.keep_best)

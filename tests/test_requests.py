@@ -354,6 +354,17 @@ def test_a_stop_is_not_lost_where_python_cannot_raise(number, stop, monkeypatch)
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.parametrize("words, told", [("Event loop is closed", False), ("something else", True)])
+def test_what_outlives_a_failed_save_is_not_told(words, told, monkeypatch, capsys):
+    class Dying:
+        def __del__(self):
+            raise RuntimeError(words)
+
+    monkeypatch.setattr(sys, "unraisablehook", command.raise_again)
+    Dying()
+    assert (words in capsys.readouterr().err) is told
+
+
 def test_flags_of_a_command_without_fields(capsys):
     values = flags_module.FlagValues()
     flags_module.DEFINE_string("checkpoint", None, "A folder.", values)

@@ -223,7 +223,8 @@ class Profiler:
 def describe(settings, corpus, first: int) -> str:
     """What is about to be trained, in a line or two."""
     count, m = parameters.count(settings), settings.model
+    steps = f"steps {first} to {settings.training.steps}" if first <= settings.training.steps else "all steps done"
     experts = f", {m.num_experts_per_tok} of {m.n_routed_experts} experts" if m.n_routed_experts else ""
     return (f"{count['total'] / 1e6:.2f}M parameters + {count['mtp'] / 1e6:.2f}M multi-token, "
             f"{count['active'] / 1e6:.2f}M active{experts}; corpus {len(corpus.train.flat):,} tokens, "
-            f"{corpus.validation_bytes:,} bytes held out; steps {first} to {settings.training.steps}")
+            f"{corpus.validation_bytes:,} bytes held out; {steps}")

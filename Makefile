@@ -1,5 +1,6 @@
 # Every target makes the environment first when it is missing. PYTHON=... names an interpreter (3.12 or newer).
-# `make parity` is for comparisons with torch alone: PARITY_PYTHON=... may be an older one.
+# `make parity` is for comparisons with torch alone: PARITY_PYTHON=... may be an older one. PARITY_BUILD= (nothing) takes
+# PyPI's torch, on Linux a CUDA build of several GB, in place of the CPU build from PyTorch's own index.
 # `make aot`, `make gpu` and its stages make an environment with CUDA, unless PYTHON=... is given: then that one, which
 # has JAX already, is used as it is, and nothing is installed or downloaded.
 PYTHON ?= $(shell ./.ci/find_python)
@@ -7,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/nano
 PARITY_PYTHON ?= $(PYTHON)
+PARITY_BUILD ?= +cpu
 
 GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),.venv-gpu/bin/python,$(PYTHON))
 GPU_READY := $(if $(filter file,$(origin PYTHON)),.venv-gpu/ready)
@@ -39,7 +41,10 @@ parity: .venv-parity/ready
 
 .venv-parity/ready: requirements-parity.txt
 	$(PARITY_PYTHON) -m venv .venv-parity
-	.venv-parity/bin/pip install --quiet --disable-pip-version-check --retries 1 -r requirements-parity.txt
+	@sed 's/+cpu/$(PARITY_BUILD)/' requirements-parity.txt >.venv-parity/requirements.txt
+	@.venv-parity/bin/pip install --quiet --disable-pip-version-check --retries 1 -r .venv-parity/requirements.txt || \
+	{ echo "error: no environment for the comparison: torch's CPU build is in https://download.pytorch.org/whl/cpu alone." \
+	"Where that cannot be reached, \`make parity PARITY_BUILD=\` takes PyPI's, a CUDA build of several GB" >&2; exit 2; }
 	@touch $@
 
 .venv-gpu/ready: requirements-gpu.txt requirements.txt

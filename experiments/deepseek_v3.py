@@ -1,6 +1,6 @@
 """DeepSeek-V3, 671B parameters, 37B a token: shape and pre-training as V3 §4.2 and its released config give them.
 
-Question: none; this is the recipe. Command (counts it, allocates nothing):
+Question: none; this is the recipe. Command (its shape in small, seconds of training):
     python -m research.main --config=experiments/deepseek_v3.py:smoke --workdir=runs/deepseek_v3_smoke
 Result: 671,026,419,200 parameters without the multi-token module, 37.55B active (tests/accounting). The full run: not
 yet run.

@@ -8,6 +8,14 @@ from kernels.tuned import TARGET
 IMPLEMENTATIONS = ("auto", "mosaic", "xla", "reference")
 
 
+class Unavailable(ValueError):
+    """An implementation that was asked for by name cannot run on this device, or on these arguments."""
+
+    def __init__(self, operation: str, implementation: str, reason: str):
+        super().__init__(f"{operation}: implementation={implementation!r} cannot run: {reason}")
+        self.operation, self.implementation, self.reason = operation, implementation, reason
+
+
 def meant_for_h200():
     """A context in which functions are traced as for an H200, wherever they are."""
     device = jax.sharding.AbstractDevice(device_kind=TARGET, platform="gpu", num_cores=132)
@@ -38,7 +46,7 @@ def choose(operation: str, implementation: str, refusal: str | None) -> str:
     """The implementation that runs. refusal: what about the arguments the Mosaic kernel does not take, or None.
 
     `auto` is `mosaic` on a Hopper GPU where the kernel takes the arguments, otherwise `xla`; a GPU that is left with
-    `xla` says so once for each reason. ValueError for an unknown name, and for a `mosaic` that cannot run.
+    `xla` says so once for each reason. ValueError for an unknown name, Unavailable for a `mosaic` that cannot run.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{operation}: implementation={implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
@@ -48,7 +56,7 @@ def choose(operation: str, implementation: str, refusal: str | None) -> str:
     if reason is None:
         return "mosaic"
     if implementation == "mosaic":
-        raise ValueError(f"{operation}: implementation='mosaic' cannot run: {reason}")
+        raise Unavailable(operation, implementation, reason)
     if platform() == "gpu":
         _say_once(f"{operation}: plain XLA instead of the Pallas kernel: {reason}")
     return "xla"

@@ -73,9 +73,12 @@ def log_lines() -> None:
 def raise_again(unraisable) -> None:
     """A hook for sys: a stop that came where Python cannot raise, as in a destructor, comes once more.
 
-    JAX and the import system run such callbacks; without this the request would be printed and forgotten.
+    JAX and the import system run such callbacks; without this the request would be printed and forgotten. Nothing is
+    said of TensorStore's writers that outlive a save that failed, on a full disk say: its error is the one to read.
     """
     stop = unraisable.exc_value
+    if isinstance(stop, RuntimeError) and str(stop) == "Event loop is closed":
+        return
     if not isinstance(stop, KeyboardInterrupt | Stopped):
         sys.__unraisablehook__(unraisable)
         return

@@ -179,6 +179,9 @@ def _check_model(c: dict) -> None:
         raise RequestError.field("model.rope_scaling.high_freq_factor", scaling["high_freq_factor"],
                                  "must be above config.model.rope_scaling.low_freq_factor="
                                  f"{scaling['low_freq_factor']}")
+    if c["model.attention_implementation"] == "cudnn" and c["data.mask_documents"]:
+        raise RequestError.field("model.attention_implementation", "cudnn",
+                                 "masks no documents: it needs config.data.mask_documents=False")
     experts = c["model.n_routed_experts"]
     if experts:
         _check_experts(c, experts)

@@ -1,5 +1,6 @@
 """What a result depends on besides its config: versions, device, commit, and how fast the machine multiplies."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+
+from kernels.choice import Unavailable
+from research.errors import RequestError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 
@@ -38,6 +42,16 @@ def commit() -> str | None:
         return head.stdout.strip() + ("+" if git("status", "--porcelain").stdout.strip() else "")
     except OSError:
         return None
+
+
+@contextlib.contextmanager
+def runnable():
+    """An implementation that the config names and this device cannot run, as an error of its field."""
+    try:
+        yield
+    except Unavailable as error:
+        name = "model.attention_implementation" if error.operation == "attention" else "precision.implementation"
+        raise RequestError.field(name, error.implementation, f"cannot run: {error.operation}: {error.reason}") from None
 
 
 def _processor() -> str:

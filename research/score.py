@@ -18,6 +18,7 @@ from ml_collections import FrozenConfigDict
 
 from research import config
 from research.command import run
+from research.environment import runnable
 from research.errors import RequestError, RunError
 from research.interop.weights import read_weights, variables_of
 from research.model.build import make_model
@@ -35,7 +36,7 @@ def score(checkpoint: Path, tokens: Path, output: Path, recipe: str | None = Non
     if recipe is not None and recipe not in RECIPES:
         raise RequestError(f"--recipe={recipe!r} must be one of {', '.join(RECIPES)}{config.nearest(recipe, RECIPES)}")
     input_ids_BT = read_tokens(tokens)
-    with _Output(output) as file:
+    with _Output(output) as file, runnable():
         settings, variables = _read(checkpoint)
         if recipe is not None:
             settings = replace(settings, precision=FrozenConfigDict({**settings.precision, "recipe": recipe}))

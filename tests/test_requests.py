@@ -103,6 +103,12 @@ WRONG = [
     field("optimizer.beta2=1", r"optimizer\.beta2=1\.0 must be at least 0 and below 1"),
     field("optimizer.name=adam", r"optimizer\.name='adam' must be one of adamw, muon \(did you mean adamw\?\)"),
     field("precision.recipe=fp7", r"precision\.recipe='fp7' must be one of float32, "),
+    field("precision.implementation=mosaic",
+          r"precision\.implementation='mosaic' cannot run: .*: the default device is a cpu, not a GPU",
+          "precision.recipe=fp8_deepseek"),
+    field("model.attention_implementation=cudnn", r"model\.attention_implementation='cudnn' masks no documents: "),
+    field("data.mask_documents=False", r"model\.attention_implementation='cudnn' cannot run: .* device is a cpu",
+          "model.attention_implementation=cudnn"),
     field("model.attention=mha", r"model\.attention='mha' must be one of mla, gqa"),
     field("model.n_group=3", r"model\.n_group=3 does not divide config\.model\.n_routed_experts=16"),
     field("model.topk_group=5", r"model\.topk_group=5 must be at most config\.model\.n_group=4", "model.n_group=4"),
@@ -164,6 +170,8 @@ WRONG = [
     flags("{new}/config.json does not exist: {new} is not the workdir of a run", "--mode=eval", "--workdir={new}"),
     flags("--workdir={new} holds no intact checkpoint", "--mode=eval", SMOKE, "--workdir={new}"),
     flags("--workdir={damaged} holds no intact checkpoint", "--mode=eval", "--workdir={damaged}"),
+    flags("config.precision.implementation='mosaic' cannot run: ", "--mode=eval", "--workdir={run}",
+          "--config.precision.recipe=fp8_tensor", "--config.precision.implementation=mosaic"),
     *(flags(f"{{{name}}}/config.json{pattern}", "--mode=eval", f"--workdir={{{name}}}") for name, pattern in (
         ("torn", " is not JSON: "), ("listed", ": must be a JSON object, not list"),
         ("newer", r": config\.model\.hidden_sise=32 is not a field .*hidden_size"),
@@ -344,6 +352,17 @@ def test_a_stop_is_not_lost_where_python_cannot_raise(number, stop, monkeypatch)
             time.sleep(5)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("words, told", [("Event loop is closed", False), ("something else", True)])
+def test_what_outlives_a_failed_save_is_not_told(words, told, monkeypatch, capsys):
+    class Dying:
+        def __del__(self):
+            raise RuntimeError(words)
+
+    monkeypatch.setattr(sys, "unraisablehook", command.raise_again)
+    Dying()
+    assert (words in capsys.readouterr().err) is told
 
 
 def test_flags_of_a_command_without_fields(capsys):

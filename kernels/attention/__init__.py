@@ -1,7 +1,7 @@
 """Causal softmax attention over packed documents, for training and prefill."""
 
 from kernels.attention import cached, cudnn, reference, xla
-from kernels.choice import platform
+from kernels.choice import Unavailable, platform
 
 cached_attention = cached.attention
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "reference")
@@ -12,11 +12,15 @@ def attention(q_BTNH, k_BTGH, v_BTGJ, segments_BT, scale: float, implementation:
 
     Query head n reads key head n // (N/G); values may be narrower (J) than keys (H). segments_BT: None when every
     position may see every earlier one. implementation: `auto` is `cudnn` on an NVIDIA GPU where its shapes, dtype
-    and mask allow, otherwise `xla`, which never holds the whole T x T matrix on a GPU.
+    and mask allow, otherwise `xla`, which never holds the whole T x T matrix on a GPU. A `cudnn` that is asked for
+    takes each row for one document (the config refuses it where rows hold several); Unavailable where it cannot run.
     """
+    refusal = cudnn.refusal(q_BTNH)
     if implementation == "auto":
-        implementation = "cudnn" if cudnn.applies(q_BTNH, segments_BT) else "xla"
+        implementation = "cudnn" if refusal is None and segments_BT is None else "xla"
     if implementation == "cudnn":
+        if refusal is not None:
+            raise Unavailable("attention", implementation, refusal)
         return cudnn.attention(q_BTNH, k_BTGH, v_BTGJ, scale)
     if implementation == "reference":
         return reference.attention(q_BTNH, k_BTGH, v_BTGJ, segments_BT, scale)

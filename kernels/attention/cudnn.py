@@ -6,11 +6,14 @@ import jax.numpy as jnp
 from kernels.choice import platform
 
 
-def applies(q_BTNH, segments_BT) -> bool:
-    """Whether this backend, dtype, head width and mask are among what cuDNN computes."""
+def refusal(q_BTNH) -> str | None:
+    """What about the backend, dtype or head width is not among what cuDNN computes; None when all of it is."""
     H = q_BTNH.shape[-1]
-    return (platform() == "gpu" and q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
-            and segments_BT is None and H <= 256 and H % 8 == 0)
+    if platform() != "gpu":
+        return f"the default device is a {platform()}, not a GPU"
+    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in 16 bits, not in {q_BTNH.dtype}"
+    return f"heads of width {H} are no multiple of 8 up to 256" if H > 256 or H % 8 else None
 
 
 def attention(q_BTNH, k_BTGH, v_BTGJ, scale: float):

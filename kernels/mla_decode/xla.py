@@ -1,1 +1,0 @@
-from kernels.mla_decode.reference import mla_decode

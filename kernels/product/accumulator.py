@@ -7,8 +7,10 @@ one, cut, not rounded. `python -m kernels.product.accumulator` prints what that 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from jax import lax
 
+from kernels import command
 from kernels.product.reference import row_scales
 from kernels.quantize import reference as quantize
 
@@ -110,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, flags.FlagValues())

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from kernels.choice import meant_for_h200
 from research import command, config, experiment
+from research.environment import runnable
 from research.errors import RequestError, nearest
 from research.model.build import make_model, variable_shapes
 from research.precision.recipe import RECIPES
@@ -100,7 +101,7 @@ def count(settings) -> dict:
     if settings.model.attention_implementation == "auto":  # cuDNN's, which keeps its output too, asks for the library
         model = FrozenConfigDict({**settings.model, "attention_implementation": "xla"})
         settings = replace(settings, model=model)
-    with meant_for_h200():
+    with runnable(), meant_for_h200():
         once, twice = ({name: bytes_of(leaves) for name, leaves in found.items()} for found in (
             parts(settings, n) | {"model": of_model(settings, n)} for n in (tokens, 2 * tokens)))
     return {

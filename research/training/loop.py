@@ -40,6 +40,7 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False) -> di
     with contextlib.ExitStack() as stack:
         stack.enter_context(owned(workdir))
         stack.enter_context(explained(checkpoints, lambda: step))
+        stack.enter_context(environment.runnable())
         batches = TrainBatches(corpus, settings)
         stack.callback(batches.close)
         state, record = start(model, settings, checkpoints)
@@ -148,6 +149,7 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False) -> di
                 "peak_flops": peak, "flops_per_token": flops_per_token, "workdir": str(workdir)}
 
 
+@environment.runnable()
 def evaluate_newest(settings: config.Settings, workdir: Path) -> dict:
     """Evaluates the workdir's newest intact checkpoint on all held-out text; writes nothing."""
     checkpoints = Checkpoints(workdir / "checkpoints", settings.checkpoint.keep_last, settings.checkpoint.keep_best)
@@ -221,7 +223,8 @@ class Profiler:
 def describe(settings, corpus, first: int) -> str:
     """What is about to be trained, in a line or two."""
     count, m = parameters.count(settings), settings.model
+    steps = f"steps {first} to {settings.training.steps}" if first <= settings.training.steps else "all steps done"
     experts = f", {m.num_experts_per_tok} of {m.n_routed_experts} experts" if m.n_routed_experts else ""
     return (f"{count['total'] / 1e6:.2f}M parameters + {count['mtp'] / 1e6:.2f}M multi-token, "
             f"{count['active'] / 1e6:.2f}M active{experts}; corpus {len(corpus.train.flat):,} tokens, "
-            f"{corpus.validation_bytes:,} bytes held out; steps {first} to {settings.training.steps}")
+            f"{corpus.validation_bytes:,} bytes held out; {steps}")

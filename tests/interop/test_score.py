@@ -76,6 +76,16 @@ def test_deeper_multi_token_logits_end_in_nan(tmp_path):
     assert np.isnan(result["mtp_logits"][1, :, 4]).all()
 
 
+def test_an_implementation_that_this_machine_cannot_run(tmp_path):
+    folder, path = workdir(tmp_path / "run"), tokens(tmp_path, 1, 4)
+    config = json.loads((folder / "config.json").read_text())
+    config["precision"]["implementation"] = "mosaic"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RequestError, match=r"^config\.precision\.implementation='mosaic' cannot run: .* not a GPU$"):
+        score(folder, path, tmp_path / "out.npz", "fp8_deepseek")
+    assert not list(tmp_path.glob("*out.npz*"))
+
+
 def test_rows_shorter_than_the_depth(tmp_path):
     result = scored(deep_folder(tmp_path), tokens(tmp_path, 1, 1))
     assert result["logits"].shape == (1, 1, 96) and result["mtp_logits"].shape == (2, 1, 0, 96)

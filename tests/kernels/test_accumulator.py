@@ -1,7 +1,10 @@
 """The emulated accumulator: against integers, and the errors that V3 §3.3.2 promotes its sums for."""
 
+import subprocess
+import sys
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ from kernels.quantize import reference as quantization
 
 ROW, SQUARE, ONE = (1, 128), (128, 128), jnp.ones((1, 1))
 E4M3 = jnp.float8_e4m3fn
+ROOT = Path(__file__).parents[2]
 
 
 @partial(jax.jit, static_argnames=("tile_a", "tile_b", "promote"))
@@ -138,3 +142,11 @@ def test_why_sums_are_promoted():
     assert 0.11 < error("uniform 0..1", None) < 0.14
     assert 1e-4 < error("normal", 128) < 2e-4
     assert 1e-3 < error("normal", None) < 4e-3
+
+
+@pytest.mark.parametrize("word, code", [("--help", 0), ("--widths=3", 2), ("uniform", 2)])
+def test_the_command_answers_in_a_line_or_with_its_help(word, code):
+    done = subprocess.run([sys.executable, "-m", "kernels.product.accumulator", word], cwd=ROOT, capture_output=True,
+                          text=True, timeout=60)
+    assert done.returncode == code and done.stderr.count("\n") == (1 if code else 0), done.stderr
+    assert (accumulator.__doc__ in done.stdout) is (code == 0)

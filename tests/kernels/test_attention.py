@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.attention import attention, xla
+from kernels.attention import attention, cudnn, xla
+from kernels.choice import Unavailable, meant_for_h200
 from tests.model.reference import attend
 from tests.tiny import assert_close
 
@@ -70,6 +71,15 @@ def test_the_default_is_the_blocked_one():
     inputs, do_BTNJ, segments_BT = inputs_of("documents")
     assert_close(value_and_gradients(inputs, do_BTNJ, segments_BT, how="auto"),
                  value_and_gradients(inputs, do_BTNJ, segments_BT, how="reference"))
+
+
+def test_cudnn_is_refused_by_name_where_it_cannot_run():
+    (q, k, v), _, _ = inputs_of("one document")
+    with pytest.raises(Unavailable, match="^attention: implementation='cudnn' cannot run: the default device is a cpu"):
+        attention(q, k, v, None, 0.4, implementation="cudnn")
+    with meant_for_h200():
+        assert cudnn.refusal(jnp.zeros((1, 2, 2, 192), jnp.bfloat16)) is None
+        assert "float32" in cudnn.refusal(q) and "width 6" in cudnn.refusal(q.astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize("how", ["xla", "recompute"])

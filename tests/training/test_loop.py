@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -121,9 +122,12 @@ def test_a_damaged_newest_checkpoint_is_skipped(damage, peace, killed, caplog):
 def test_more_steps_continue_a_finished_run(peace):
     workdir, settings = peace
     before, evaluated = runs.lines(workdir), workdir / "checkpoints/6"
+    seconds = runs.state_of(workdir)[2]["seconds"]
     (evaluated / "metrics/metrics").write_text('{"loss": null}')  # as a stop during its evaluation saves it
     seal(evaluated)
-    loop.train(settings(**{"training.steps": 14, "checkpoint.keep_best": 3}), workdir)
+    result = loop.train(settings(**{"training.steps": 14, "checkpoint.keep_best": 3}), workdir)
+    assert all(result["seconds"][phase] >= before for phase, before in seconds.items())  # time survives a restart
+    assert seconds["train"] > 0 and seconds["compile"] > 0
     assert [line["step"] for line in runs.lines(workdir, "train")] == list(range(1, 15))
     assert runs.lines(workdir)[: len(before)] == before
     assert steps(workdir) == [6, 12, 14] and config.read(workdir).training.steps == 14
@@ -165,6 +169,30 @@ def test_evaluation_alone(peace):
     assert result["step"] == 12 and result["validation"] == {name: last[name] for name in result["validation"]}
     assert result["gzip_bits_per_byte"] > 0
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+def test_the_average_is_evaluated_and_writes_the_samples(peace, monkeypatch):
+    workdir, settings = peace
+    corpus, seen = load_corpus(settings()), []
+    state = {"params": "weights", "ema": "average", "routing": {}, "step": 12}
+
+    def eval_step(params, routing, batch):
+        seen.append(params)
+        return {"nats": 1.0, "targets": 1, "mtp_hits": [0], "mtp_targets": [1]}
+
+    class Recorder:
+        def __init__(self, model, variables):
+            seen.append(variables["params"])
+
+        def generate(self, prompts, *_, **__):
+            return SimpleNamespace(tokens=prompts)
+
+    monkeypatch.setattr(loop.samples, "Decoder", Recorder)
+    for ema, expected in (("average", "average"), (None, "weights")):
+        seen.clear()
+        loop.evaluation.evaluate(eval_step, state | {"ema": ema}, corpus, settings(), 1)
+        loop.samples.write(None, state | {"ema": ema}, corpus, settings(), workdir / "samples.md")
+        assert seen == [expected] * 2
 
 
 def test_evaluation_on_other_text_keeps_the_tokenizer(peace, tmp_path):

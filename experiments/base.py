@@ -126,6 +126,8 @@ def get_config() -> ConfigDict:
     e.samples = 4  # continuations of held-out text written to samples.md
     e.sample_tokens = 64
     e.sample_temperature = 0.8
+    e.decode_prompts = 0  # held-out starts decoded greedily at the end, plain and drafted, for the summary
+    e.decode_tokens = 128  # of each
 
     c.mesh = h = ConfigDict()  # devices = the product
     h.data = 1
@@ -171,6 +173,7 @@ def _smoke(config: ConfigDict) -> dict:
         "training.steps": 20, "training.batch_size": 8, "training.batch_ramp_start": 0,
         "training.accumulation_steps": 1, "optimizer.learning_rate": 3e-3, "optimizer.warmup_fraction": 0.1,
         "evaluation.every_steps": 0, "evaluation.batches": 4, "evaluation.samples": 1, "evaluation.sample_tokens": 16,
+        "evaluation.decode_prompts": 0,
         "checkpoint.every_steps": 10, "checkpoint.initialize_from": "",
     }
     if m.q_lora_rank is not None:

@@ -19,5 +19,6 @@ def get_config(arms: str = ""):
     c.optimizer.learning_rate = 3e-3
     c.optimizer.warmup_fraction = 0.02
     c.evaluation.every_steps = 300
+    c.evaluation.decode_prompts = 8
     c.checkpoint.every_steps = 300
     return base.select(c, arms)

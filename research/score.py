@@ -20,7 +20,7 @@ from research import config
 from research.command import run
 from research.environment import runnable
 from research.errors import RequestError, RunError
-from research.interop.weights import read_weights, variables_of
+from research.interop.weights import checked_weights
 from research.model.build import make_model
 from research.precision.recipe import RECIPES
 
@@ -37,7 +37,7 @@ def score(checkpoint: Path, tokens: Path, output: Path, recipe: str | None = Non
         raise RequestError(f"--recipe={recipe!r} must be one of {', '.join(RECIPES)}{config.nearest(recipe, RECIPES)}")
     input_ids_BT = read_tokens(tokens)
     with _Output(output) as file, runnable():
-        settings, variables = _read(checkpoint)
+        settings, _, variables = checked_weights(checkpoint)
         if recipe is not None:
             settings = replace(settings, precision=FrozenConfigDict({**settings.precision, "recipe": recipe}))
         check_tokens(tokens, input_ids_BT, settings)
@@ -146,17 +146,6 @@ class _Output:
         self.partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise RunError(f"writing {self.path} failed: {error.strerror}; it is left as it was") from None
-
-
-def _read(checkpoint: Path):
-    """Settings and {`params`, `routing`}, of which every array is checked to be the model's."""
-    settings, saved = read_weights(checkpoint)
-    if settings.model.vocab_size is None:
-        raise RequestError(f"{checkpoint / 'config.json'}: config.model.vocab_size=None must be a whole number")
-    variables, wrong = variables_of(saved, make_model(settings), settings)
-    if wrong:
-        raise RequestError(f"{checkpoint}: its checkpoint is not of the model in its config.json: {wrong}")
-    return settings, variables
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ def of_training(result: dict) -> str:
         *_quality(result),
         ("tokens a second", f"{speed:,.0f} in training; MFU {utilisation:.1%} of {result['peak_flops'] / 1e9:,.0f} "
                             "GFLOP/s, this machine's best product"),
+        *_decoding(result["decoding"]),
         ("seconds", ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())),
         ("in", f"{result['workdir']}: metrics.jsonl, samples.md, tensorboard/, checkpoints/"),
     ]
@@ -30,6 +31,20 @@ def _quality(result: dict) -> list[tuple[str, str]]:
     if v["mtp_accuracy"]:
         rows.append(("multi-token", "accuracy " + ", ".join(f"{x:.1%}" for x in v["mtp_accuracy"])
                      + " given the text before, by depth"))
+    return rows
+
+
+def _decoding(found: dict) -> list[tuple[str, str]]:
+    rows = []
+    if "plain" in found:
+        rows.append(("decoding", f"{found['plain'].tokens_per_second:,.0f} tokens/s, greedy, one prompt at a time"))
+    if "drafted" in found:
+        drafted = found["drafted"]
+        rates = ", ".join(f"{rate:.1%}" for rate in drafted.acceptance_rate)
+        same = sum(a == b for a, b in zip(drafted.tokens, found["plain"].tokens, strict=True))
+        rows.append(("with drafts", f"{drafted.tokens_per_second:,.0f} tokens/s, {same} of {len(drafted.tokens)} texts "
+                                    f"the same; {rates} accepted, "
+                                    f"{drafted.tokens_per_step:.2f} tokens a step"))
     return rows
 
 

@@ -52,7 +52,8 @@ class Tokenizer:
 
     `vocab_size` is the largest id plus one. `bos_id` and `eos_id` begin and end a document (the same id where the
     vocabulary has no token for the beginning); `pad_id` fills rows; `fim_begin_id`, `fim_hole_id` and `fim_end_id`
-    are all three ids, or all None. `hash` tells tokenizers apart.
+    are all three ids, or all None. `begins_with_bos`: whether a text that a model is to continue begins with
+    `bos_id` (false where a release says so). `hash` tells tokenizers apart.
     """
 
     def __init__(self, definition: str, config: dict[str, Any] | None = None):
@@ -77,6 +78,7 @@ class Tokenizer:
         self._model.no_truncation()
         self._model.no_padding()
         self._model.encode_special_tokens = True  # a special token's spelling in a text is ordinary text
+        self.begins_with_bos = (config or {}).get("add_bos_token") is not False
         self._config = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
         self.vocab_size = max(vocabulary.values()) + 1
         self.bos_id, self.eos_id, self.pad_id = (vocabulary[name] for name in (bos, eos, pad))

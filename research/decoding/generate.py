@@ -52,6 +52,14 @@ class Generation:
         return (sum(map(len, self.tokens)) - len(self.tokens)) / max(self.decode_seconds, 1e-9)
 
 
+def joined(parts: Sequence[Generation]) -> Generation:
+    """Several decodings, one after another, as one; time to the first token is the first's."""
+    return Generation(
+        [row for part in parts for row in part.tokens], sum(part.steps for part in parts),
+        [sum(numbers) for numbers in zip(*(part.accepted for part in parts), strict=True)], parts[0].prefill_seconds,
+        sum(part.decode_seconds for part in parts), sum(part.compile_seconds for part in parts))
+
+
 def bucket(length: int) -> int:
     """The power of two that a length is rounded up to."""
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
@@ -128,7 +136,7 @@ def check_request(model, prompts, max_tokens: int, draft_tokens: int) -> None:
         raise ValueError("the checkpoint has no multi-token module to draft with")
     if not prompts:
         raise ValueError("there is no prompt")
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts, start=1):
         if not len(prompt):
             raise ValueError(f"prompt {number} is empty")
         if len(prompt) + max_tokens > most:

@@ -5,7 +5,7 @@ from pathlib import Path
 from research import config
 from research.errors import RequestError
 from research.interop import huggingface
-from research.model.build import variable_shapes
+from research.model.build import make_model, variable_shapes
 from research.training.checkpoint import Checkpoints, differences
 
 
@@ -27,6 +27,18 @@ def variables_of(saved: dict, model, settings) -> tuple[dict, str]:
     variables, shapes = ({name: tree[name] for name in ("params", "routing")}
                          for tree in (saved, variable_shapes(model, settings)))
     return variables, differences(variables, shapes)
+
+
+def checked_weights(folder: Path):
+    """(settings, model, {`params`, `routing`}) of either kind of checkpoint, every array checked to be the model's."""
+    settings, saved = read_weights(folder)
+    if settings.model.vocab_size is None:
+        raise RequestError(f"{folder / 'config.json'}: config.model.vocab_size=None must be a whole number")
+    model = make_model(settings)
+    variables, wrong = variables_of(saved, model, settings)
+    if wrong:
+        raise RequestError(f"{folder}: its checkpoint is not of the model in its config.json: {wrong}")
+    return settings, model, variables
 
 
 def initial_variables(model, settings) -> dict:

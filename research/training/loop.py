@@ -144,7 +144,8 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False) -> di
             logging.info("stopped at step %d: %s", int(state["step"]), safe(checkpoints))
             raise Stopped(stop.code)
         samples.write(model, state, corpus, settings, workdir / "samples.md")
-        return {"steps": steps, "tokens": tokens, "validation": validation, "gzip_bits_per_byte":
+        decoding = samples.time_decoding(model, state, corpus, settings)
+        return {"steps": steps, "tokens": tokens, "validation": validation, "decoding": decoding, "gzip_bits_per_byte":
                 corpus.gzip_bits_per_byte, "held_out_bytes": corpus.validation_bytes, "seconds": clock.seconds,
                 "peak_flops": peak, "flops_per_token": flops_per_token, "workdir": str(workdir)}
 

@@ -1,0 +1,190 @@
+"""Continues text: `python -m research.generate --checkpoint=DIR --prompt=TEXT [--speculative]`.
+
+DIR is a workdir of ours or a Hugging Face folder. The continuation of one prompt is streamed to stdout; those of
+several (--prompt given again, or a line each of --prompts_file) come as JSON lines, {"prompt", "text", "tokens"}, batch
+by batch. Statistics go to stderr.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import flags
+
+from research import command
+from research.errors import RequestError, nearest
+
+FLAGS = flags.FlagValues()
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, or a Hugging Face folder.", FLAGS)
+_PROMPTS = flags.DEFINE_multi_string(
+    "prompt", [], "The text to continue; - reads all of stdin. Given more than once: a batch.", FLAGS)
+_FILE = flags.DEFINE_string("prompts_file", None, "A text file with a prompt on each line, instead of --prompt.", FLAGS)
+_BATCH = flags.DEFINE_integer("batch_size", 8, "Prompts that are decoded together.", flag_values=FLAGS)
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "New tokens of each prompt at the most.", flag_values=FLAGS)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.6, "0: always the likeliest token.", flag_values=FLAGS)
+_TOP_P = flags.DEFINE_float(
+    "top_p", 0.95, "Draw from the fewest tokens whose probabilities reach this. 1: all.", flag_values=FLAGS)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from so many likeliest tokens. 0: all.", flag_values=FLAGS)
+_MIN_P = flags.DEFINE_float(
+    "min_p", 0.0, "Draw from tokens at least so likely relative to the likeliest.", flag_values=FLAGS)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", flag_values=FLAGS)
+_STOP = flags.DEFINE_multi_string("stop", [], "End a continuation before this text. May be given again.", FLAGS)
+_SPECULATIVE = flags.DEFINE_bool(
+    "speculative", False, "Let the multi-token modules draft, and the model verify: the same text, faster.", FLAGS)
+_DRAFTS = flags.DEFINE_integer(
+    "draft_tokens", None, "Tokens drafted at a time with --speculative; by default one a module. More than there are "
+    "modules: the last one again, on its own output.", flag_values=FLAGS)
+_RECIPE = flags.DEFINE_string(
+    "recipe", None, "float32 or bfloat16. By default a run's own (bfloat16 for FP8 ones), float32 for a Hugging Face "
+    "folder.", FLAGS)
+_CACHE = flags.DEFINE_string("cache_dtype", None, "float32, bfloat16 or fp8; by default as the recipe.", FLAGS)
+
+STEPS_AT_ONCE = 16  # between two looks at what there is to print
+
+
+def main() -> None:
+    check_flags()
+    prompts = read_prompts()
+    decoder, tokenizer, first = load(Path(_CHECKPOINT.value).expanduser())
+    drafts = 0
+    if _SPECULATIVE.value:
+        drafts = decoder.model.mtp.num_nextn_predict_layers if _DRAFTS.value is None else _DRAFTS.value
+        if not decoder.model.mtp.num_nextn_predict_layers:
+            raise RequestError(f"--speculative: {_CHECKPOINT.value} has no multi-token module to draft with")
+    ids = [first + tokenizer.encode(prompt).tolist() for prompt in prompts]
+    from research.decoding.generate import check_request, joined
+    from research.environment import pin_threads
+
+    try:
+        check_request(decoder.model, ids, _MAX_TOKENS.value, drafts)
+    except ValueError as error:
+        raise RequestError(f"--prompt: {error}") from None
+    pin_threads()
+    results = []
+    for start in range(0, len(ids), _BATCH.value):
+        batch = ids[start:start + _BATCH.value]
+        writers = [Writer(tokenizer, sys.stdout.write if len(ids) == 1 else None) for _ in batch]
+        results.append(decoder.generate(
+            batch, _MAX_TOKENS.value, sampling(), drafts, _SEED.value, [tokenizer.eos_id], STEPS_AT_ONCE,
+            lambda rows, writers=writers: [writer(row) for writer, row in zip(writers, rows, strict=True)]))
+        for prompt, writer, row in zip(prompts[start:], writers, results[-1].tokens, strict=False):
+            text = writer.finish()
+            if len(ids) > 1:
+                print(json.dumps({"prompt": prompt, "text": text, "tokens": len(row)}, ensure_ascii=False))
+        sys.stdout.flush()
+    if len(ids) == 1:
+        print()
+    print(report(joined(results)), file=sys.stderr)
+
+
+class Writer:
+    """The text of one row as it grows, written on as far as it is certain, and cut before the first --stop."""
+
+    def __init__(self, tokenizer, write: Callable[[str], object] | None):
+        self._tokenizer, self._write, self._text, self._written, self._stopped = tokenizer, write, "", 0, False
+
+    def __call__(self, tokens: list[int]) -> bool:
+        """Takes all tokens so far; returns whether the row is to stop."""
+        if not self._stopped:
+            self._text = self._tokenizer.decode(tokens)
+            ends = [self._text.index(stop) for stop in _STOP.value if stop in self._text]
+            if ends:
+                self._text, self._stopped = self._text[:min(ends)], True
+            # a character may be cut between tokens, and the text may end in the beginning of a stop
+            held = 0 if self._stopped else max([len(stop) - 1 for stop in _STOP.value], default=0)
+            self._show(len(self._text.rstrip("\ufffd")) - held)
+        return self._stopped
+
+    def finish(self) -> str:
+        """Writes what was held back; the whole text."""
+        self._show(len(self._text))
+        return self._text
+
+    def _show(self, end: int) -> None:
+        if self._write and end > self._written:
+            self._write(self._text[self._written:end])
+            sys.stdout.flush()
+            self._written = end
+
+
+def check_flags() -> None:
+    """RequestError for the first flag that cannot be meant."""
+    from research.decoding.cache import STORAGE
+
+    if not _CHECKPOINT.value:
+        raise RequestError("--checkpoint is required: a workdir, or a Hugging Face folder")
+    if bool(_PROMPTS.value) == bool(_FILE.value):
+        raise RequestError("one of --prompt and --prompts_file is required, not both")
+    for flag in (_BATCH, _MAX_TOKENS, _DRAFTS):
+        if flag.value is not None and flag.value < 1:
+            raise RequestError(f"--{flag.name}={flag.value} must be at least 1")
+    if _DRAFTS.value is not None and not _SPECULATIVE.value:
+        raise RequestError(f"--draft_tokens={_DRAFTS.value} needs --speculative")
+    if "" in _STOP.value:
+        raise RequestError("--stop='' would end every continuation before it begins")
+    if problem := sampling().problem():
+        raise RequestError(f"--{problem}")
+    for flag, known in ((_RECIPE, ("float32", "bfloat16")), (_CACHE, STORAGE)):
+        if flag.value is not None and flag.value not in known:
+            raise RequestError(f"--{flag.name}={flag.value!r} must be one of {', '.join(known)}"
+                               f"{nearest(flag.value, known)}")
+
+
+def sampling():
+    from research.decoding.sampling import Sampling
+
+    return Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _MIN_P.value)
+
+
+def read_prompts() -> list[str]:
+    """The texts to continue; none is empty."""
+    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in _PROMPTS.value]
+    name = "--prompt"
+    if _FILE.value:
+        name = f"--prompts_file={_FILE.value!r}"
+        try:
+            prompts = Path(_FILE.value).expanduser().read_text("utf-8").splitlines()
+        except OSError as error:
+            raise RequestError(f"{name} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise RequestError(f"{name} is not UTF-8 text") from None
+        if not prompts:
+            raise RequestError(f"{name} holds no prompt")
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt:
+            raise RequestError(f"{name}: prompt {number} is empty")
+    return prompts
+
+
+def load(folder: Path):
+    """(Decoder, tokenizer, the ids that every prompt begins with) of a checkpoint."""
+    if not folder.is_dir():
+        raise RequestError(f"--checkpoint={str(folder)!r} is not a directory" if folder.exists() else
+                           f"--checkpoint={str(folder)!r} does not exist")
+    from research.data.tokenizer import Tokenizer  # after the checks: JAX takes a second to import
+
+    with command.stops_held():
+        from research.decoding.generate import Decoder
+        from research.interop.weights import checked_weights
+    tokenizer = Tokenizer.load(folder)
+    settings, model, variables = checked_weights(folder)
+    if settings.model.vocab_size < tokenizer.vocab_size:
+        raise RequestError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
+                           f"{settings.model.vocab_size}")
+    first = [tokenizer.bos_id] if tokenizer.begins_with_bos else []
+    return Decoder(model, variables, _RECIPE.value, _CACHE.value), tokenizer, first
+
+
+def report(result) -> str:
+    """Lines of what was decoded, how fast, and what the drafts were worth."""
+    lines = [f"{sum(map(len, result.tokens)):,} tokens; {result.tokens_per_second:,.0f} tokens/s after the first",
+             f"time to first token {result.prefill_seconds * 1e3:,.0f} ms; compiled in {result.compile_seconds:.1f} s"]
+    if result.accepted:
+        rates = ", ".join(f"{rate:.1%}" for rate in result.acceptance_rate)
+        lines.append(f"acceptance rate by draft position {rates}; {result.tokens_per_step:.2f} tokens a step")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    command.run(main, FLAGS)

@@ -36,7 +36,8 @@ class Machine:
 
     def bound(self, operation: Operation, shape) -> float:
         """Seconds that no implementation can beat: its bytes at the copy's rate, its FLOPs at the peak."""
-        return max(operation.traffic(shape) / self.bandwidth, operation.flops(shape) / self.peak if self.peak else 0.0)
+        peak = self.peak and self.peak * 8 / operation.bits
+        return max(operation.traffic(shape) / self.bandwidth, operation.flops(shape) / peak if peak else 0.0)
 
     def inputs(self, operation: Operation, shape, arguments: Callable) -> list[tuple]:
         """Sets of random arrays, as many as the timing cycles through."""

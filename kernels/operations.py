@@ -17,6 +17,9 @@ from kernels.grouped import mosaic as grouped_mosaic
 from kernels.grouped import shapes as grouped_shapes
 from kernels.grouped import xla as grouped_xla
 from kernels.grouped.reference import BLOCK
+from kernels.mla_decode import mosaic as mla_mosaic
+from kernels.mla_decode import shapes as mla_shapes
+from kernels.mla_decode import xla as mla_xla
 from kernels.product import mosaic as product_mosaic
 from kernels.product import shapes as product_shapes
 from kernels.product import tiles as product_tiles
@@ -49,7 +52,8 @@ class Operation:
     chosen: Callable[[Any], Any]  # the tiles that run at a shape: tuned, or the default
     candidates: Callable[[Any], list[Any]]  # what a search tries
     tolerance: float
-    flops: Callable[[Any], float] = lambda shape: 0.0  # of 8-bit products
+    flops: Callable[[Any], float] = lambda shape: 0.0  # of its products
+    bits: int = 8  # of those products' operands
     bfloat16: Callable[[Any], Callable] | None = None
     bfloat16_arguments: Callable[[Any, Any], tuple] | None = None
     warpgroup_fp8: bool = False  # its PTX must hold the FP8 warpgroup instruction
@@ -241,6 +245,28 @@ def _swiglu_backward() -> Operation:
         bfloat16=lambda shape: bfloat16, bfloat16_arguments=bfloat16_arguments)
 
 
+def _mla_decode() -> Operation:
+    scale = 192**-0.5  # of keys of 128 numbers and 64 rotary ones
+
+    def arguments(shape, key):
+        (B, T, N, S), keys = shape, jax.random.split(key, 4)
+        widths = mla_shapes.LATENT, mla_shapes.ROTARY
+        queries = (normal(k, B, T, N, width) for k, width in zip(keys, widths, strict=False))
+        cache = (normal(k, B, S, width) for k, width in zip(keys[2:], widths, strict=True))
+        return *queries, *cache, jnp.full((B,), S - T, jnp.int32)
+
+    def flops(shape):
+        B, T, N, S = shape
+        return 2.0 * B * T * N * S * (2 * mla_shapes.LATENT + mla_shapes.ROTARY)
+
+    # bfloat16 rounds results by 1.7e-3 of their norm, and probabilities by as much before they are summed
+    return Operation(
+        "mla_decode", mla_shapes.SHAPES, mla_shapes.SMALL, arguments,
+        mosaic=lambda shape, tiles: partial(mla_mosaic.mla_decode, scale=scale, tiles=tiles),
+        xla=lambda shape: partial(mla_xla.mla_decode, scale=scale),
+        chosen=mla_mosaic.chosen, candidates=mla_mosaic.candidates, tolerance=5e-3, flops=flops, bits=16)
+
+
 OPERATIONS = {operation.name: operation for operation in (
     _quantizer("quantize", partial(quantize_xla.quantize, tile=ROW)),
     _quantizer("quantize_transposed", quantize_xla.quantize_transposed),
@@ -252,4 +278,5 @@ OPERATIONS = {operation.name: operation for operation in (
     _grouped_weight_gradient(),
     _swiglu_forward(),
     _swiglu_backward(),
+    _mla_decode(),
 )}

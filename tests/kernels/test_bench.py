@@ -321,6 +321,7 @@ REAL = operations.OPERATIONS  # before a test puts others in their place
     "grouped_weight_gradient": lambda E, R, S, M: (R + S) * (M + 4 * M // 128) + 4 * M // 128 + 4 * E * R * S,
     "swiglu_forward": lambda R, F: 2 * 2 * R * F + 3 * (R * F + 4 * R * F // 128),
     "swiglu_backward": lambda R, F: (1 + 1 + 2 + 5) * R * F + (2 + 5) * 4 * R * F // 128 + 4 * R + 4 * R,
+    "mla_decode": lambda B, T, N, S: 2 * B * T * N * (512 + 64 + 512) + 2 * B * S * (512 + 64) + 4 * B,
 }.items())
 def test_operations_are_what_they_are_counted_as(name, bytes_a_shape):
     """Bytes by hand; the kernel's results are those of plain XLA in shape and dtype."""

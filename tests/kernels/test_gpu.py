@@ -16,6 +16,9 @@ from kernels.choice import gpu_refusal
 from kernels.comparison import relative_error
 from kernels.grouped import mosaic as grouped_mosaic
 from kernels.grouped.shapes import Shape as GroupedShape
+from kernels.mla_decode import mosaic as mla_mosaic
+from kernels.mla_decode import reference as mla_reference
+from kernels.mla_decode.shapes import Shape as MlaShape
 from kernels.operations import OPERATIONS
 from kernels.product import mosaic
 from kernels.product.shapes import Shape
@@ -110,10 +113,28 @@ def test_products(name, shape):
     assert_right(name, shape, OPERATIONS[name].chosen(shape), LIMITS[name])
 
 
+@pytest.mark.parametrize("name, shape", shapes_of(["mla_decode"]))
+def test_mla_decode(name, shape):
+    assert_right(name, shape, OPERATIONS[name].chosen(shape), OPERATIONS[name].tolerance)
+
+
+@pytest.mark.parametrize("splits", [1, 4, 7])
+def test_mla_decode_at_odd_lengths(splits):
+    """Of each query's norm: bfloat16 rounds probabilities and results by 1.7e-3 each."""
+    shape = MlaShape(5, 3, 40, 1088)
+    *operands, _ = OPERATIONS["mla_decode"].arguments(shape, jax.random.key(0))
+    lengths = jnp.array([0, 62, 500, 639, 1085], jnp.int32)  # in and between blocks, splits that see nothing
+    o = run_twice(partial(mla_mosaic.mla_decode, scale=0.05, tiles=mla_mosaic.Tiles(splits)), *operands, lengths)
+    wide = [x.astype(jnp.float32) for x in operands]
+    expected = np.float64(on_the_cpu(partial(mla_reference.mla_decode, scale=0.05), *wide, lengths))
+    error = np.linalg.norm(np.float64(o) - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    assert error.max() <= 5e-3
+
+
 WHERE_CANDIDATES_RUN = {  # their columns have an even number of tiles of every width
     **dict.fromkeys(QUANTIZERS, Activation(512, 2048)), "quantize_weight": Weight(1, 512, 2048),
     **dict.fromkeys(SWIGLU, SwigluShape(512, 2048)), **dict.fromkeys(PRODUCTS[:2], Shape(1024, 3840, 1024)),
-    **dict.fromkeys(PRODUCTS[2:], GroupedShape(4, 1024, 3840, 1024))}
+    **dict.fromkeys(PRODUCTS[2:], GroupedShape(4, 1024, 3840, 1024)), "mla_decode": MlaShape(4, 2, 128, 2048)}
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.attention import attention, cudnn, xla
+from kernels.attention import attention, cached_attention, cudnn, xla
 from kernels.choice import Unavailable, meant_for_h200
 from tests.model.reference import attend
 from tests.tiny import assert_close
@@ -112,3 +112,21 @@ def test_a_later_key_or_another_document_is_never_seen():
     changed = value_and_gradients((q, k, v), do_BTNJ, segments_BT)[0]
     np.testing.assert_array_equal(changed[0, 5:7], value[0, 5:7])
     np.testing.assert_array_equal(changed[1, :7], value[1, :7])
+
+
+@pytest.mark.parametrize(("N", "G", "J"), [(2, 2, 6), (6, 2, 6), (4, 1, 3)])
+@pytest.mark.parametrize("T", [1, 3, 8])
+def test_new_tokens_over_a_cache_equal_the_definition(T, N, G, J):
+    """The last T of a text of each row's own length; slots beyond hold what would be seen at once."""
+    rng, S, last = np.random.default_rng(T), 16, (8, 11, 16)
+    q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in ((3, S, N, 6), (3, S, G, 6), (3, S, G, J)))
+    full = attention(q, k, v, None, 0.4, implementation="reference")
+    positions_BT = np.stack([np.arange(end - T, end) for end in last]).astype(np.int32)
+    new = np.take_along_axis(q, positions_BT[..., None, None], axis=1)
+    for b, end in enumerate(last):
+        k[b, end:], v[b, end:] = 1e4, -1e4
+    actual = jax.jit(cached_attention, static_argnums=4)(new, k, v, positions_BT, 0.4)
+    assert_close(actual, np.take_along_axis(np.asarray(full), positions_BT[..., None, None], axis=1))
+    half = cached_attention(jnp.asarray(new, jnp.bfloat16), k, v, jnp.asarray(positions_BT), 0.4)
+    assert half.dtype == jnp.bfloat16
+    assert_close(half, actual, rtol=0.02, atol=0.02)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kernels.experts import experts
+from kernels.experts import few as kernels_few
 from tests.tiny import assert_close
 
 D, F = 8, 4
@@ -83,6 +84,29 @@ def test_dispatch_equals_the_definition_in_value_and_gradient(name):
     dy_XD = output_gradient(len(indices_XK))
     actual = value_and_gradients(inputs, indices_XK, dy_XD, "xla")
     assert_close(actual, value_and_gradients(inputs, indices_XK, dy_XD, "reference"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_few_tokens_equal_the_definition(name):
+    """Pair by pair, whatever their number is: ties, empty experts, one expert."""
+    (x_XD, gate, up, down, weights_XK), indices_XK = inputs_of(*CASES[name])
+    arguments = x_XD, gate, up, down, indices_XK, weights_XK
+    actual = jax.jit(kernels_few.experts)(*arguments)
+    assert actual.dtype == jnp.float32
+    assert_close(actual, experts(*arguments, implementation="reference"))
+
+
+def test_inference_takes_pairs_one_by_one_up_to_the_number_of_experts():
+    """More of them go the way of training, with the same result; both read bfloat16 as it is kept."""
+    for X, pairs in ((4, True), (5, False)):
+        (x_XD, gate, up, down, weights_XK), indices_XK = inputs_of(X, 8, 2, at_random)
+        half = [jnp.asarray(w, jnp.bfloat16) for w in (x_XD, gate, up, down)]
+        run = partial(experts, formats=("bfloat16",) * 3, implementation="inference")
+        y_XD = run(*half, jnp.asarray(indices_XK), jnp.asarray(weights_XK))
+        exact = [np.asarray(w, np.float32) for w in half]
+        expected = experts(*exact, indices_XK, weights_XK, implementation="reference")
+        assert relative_error(y_XD, np.asarray(expected)) < 1e-2
+        assert ("sort" not in str(jax.make_jaxpr(run)(*half, jnp.asarray(indices_XK), weights_XK))) == pairs
 
 
 def test_the_definition_equals_a_loop_over_tokens():

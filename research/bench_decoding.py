@@ -4,7 +4,7 @@ peer: greedy continuations of 64 random tokens by random weights of an experimen
 transformers' `generate` on the same CPU in turn; tokens/s of the whole call, prompt included, without compilation.
 acceptance: drafting on a trained workdir (--checkpoint=DIR), after the first 64 tokens of held-out documents, one
 prompt at a time; beside it teacher-forced agreement, which is no acceptance: nothing is drafted there.
-context: one token's attention over 1k to 16k cached ones, at V2-Lite's width, absorbed beside expanded; --plot=FILE.png.
+context: one token's attention over 1k to 16k cached ones, V2-Lite's width, absorbed beside expanded; --plot=FILE.png.
 gpu: V2-Lite's shape in bfloat16: tokens/s and the share of the memory's bandwidth; elsewhere a small shape.
 """
 

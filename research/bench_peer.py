@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-# trains on tokens_BS (S = T + 1 ids a row) and returns the loss, or continues them and returns a token: `float` takes it
+# Trains on tokens_BS (S = T + 1 ids a row) and returns the loss, or continues prompts and returns a token.
 Step = Callable[[np.ndarray], Any]
 
 

@@ -31,7 +31,8 @@ SHAPES = {  # experiment and what is changed in it
         "model.topk_method=greedy", "model.n_group=1", "model.topk_group=1", "model.norm_topk_prob=False",
         "model.routed_scaling_factor=1.0", "mtp.num_nextn_predict_layers=0", "precision.recipe=bfloat16")),
     "smoke": ("experiments/nano.py:smoke", (
-        "model.vocab_size=512", "model.num_hidden_layers=2", "mtp.num_nextn_predict_layers=0", "precision.recipe=bfloat16")),
+        "model.vocab_size=512", "model.num_hidden_layers=2", "mtp.num_nextn_predict_layers=0",
+        "precision.recipe=bfloat16")),
 }
 BANDWIDTH = {  # bytes a second by the data sheet, by JAX's name of the device
     "NVIDIA H200": 4.8e12,

@@ -6,6 +6,7 @@ acceptance: drafting on a trained workdir (--checkpoint=DIR), after the first 64
 prompt at a time; beside it teacher-forced agreement, which is no acceptance: nothing is drafted there.
 context: one token's attention over 1k to 16k cached ones, V2-Lite's width, absorbed beside expanded; --plot=FILE.png.
 gpu: V2-Lite's shape in bfloat16: tokens/s and the share of the memory's bandwidth; elsewhere a small shape.
+    Not yet run on a GPU.
 """
 
 import json

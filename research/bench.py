@@ -271,6 +271,31 @@ def lines(size: dict) -> list[str]:
     return made
 
 
+def find_peer(peer_python: str | None) -> str | None:
+    """Path of the Python that has torch and transformers: the given one, else .venv-parity's, None where it is not."""
+    if peer_python is None:
+        if not PARITY_PYTHON.exists():
+            return None
+        peer_python = str(PARITY_PYTHON)
+    peer_python = os.path.abspath(shutil.which(peer_python) or peer_python)  # not resolved: a venv is its link
+    has_both = "import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, ('torch', 'transformers'))))"
+    try:
+        missing = subprocess.run([peer_python, "-I", "-c", has_both], check=False, capture_output=True).returncode
+    except OSError as error:
+        raise RequestError(f"--peer_python={peer_python!r} does not run: {error.strerror}") from error
+    if missing:
+        raise RequestError(f"--peer_python={peer_python!r} has no torch and transformers: `make parity` makes one")
+    return peer_python
+
+
+def check_json(file: str | None, flag: str = "json") -> None:
+    """RequestError where the result could not be written to the file that `--flag` names."""
+    if file is not None:
+        parent = pathlib.Path(file).absolute().parent
+        if not (parent.is_dir() and os.access(parent, os.W_OK)) or pathlib.Path(file).is_dir():
+            raise RequestError(f"--{flag}={file!r} is not a file that can be written")
+
+
 def checked_flags() -> tuple[list[int], list[str], str | None]:
     """The sizes, the sides and the peer's Python; RequestError for what cannot be measured."""
     smallest = MODEL["num_experts_per_tok"]
@@ -279,24 +304,10 @@ def checked_flags() -> tuple[list[int], list[str], str | None]:
             raise RequestError(f"--experts={text!r} is not a whole number of at least {smallest}")
     if not FLAGS.experts:
         raise RequestError("--experts is empty: give numbers of experts such as 16,64,256")
-    peer_python = FLAGS.peer_python
-    if peer_python is None and PARITY_PYTHON.exists():
-        peer_python = str(PARITY_PYTHON)
-    if peer_python is not None:
-        peer_python = os.path.abspath(shutil.which(peer_python) or peer_python)  # not resolved: a venv is its link
-        has_both = "import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, ('torch', 'transformers'))))"
-        try:
-            missing = subprocess.run([peer_python, "-I", "-c", has_both], check=False, capture_output=True).returncode
-        except OSError as error:
-            raise RequestError(f"--peer_python={peer_python!r} does not run: {error.strerror}") from error
-        if missing:
-            raise RequestError(f"--peer_python={peer_python!r} has no torch and transformers: `make parity` makes one")
-    elif FLAGS.peer_hugepages:
+    peer_python = find_peer(FLAGS.peer_python)
+    if FLAGS.peer_hugepages and peer_python is None:
         raise RequestError("--peer_hugepages=True needs the peer: `make parity`, or --peer_python=PATH")
-    if FLAGS.json is not None:
-        parent = pathlib.Path(FLAGS.json).absolute().parent
-        if not (parent.is_dir() and os.access(parent, os.W_OK)) or pathlib.Path(FLAGS.json).is_dir():
-            raise RequestError(f"--json={FLAGS.json!r} is not a file that can be written")
+    check_json(FLAGS.json)
     sides = ["ours"] + ["peer"] * (peer_python is not None) + ["peer_hugepages"] * FLAGS.peer_hugepages
     return [int(text) for text in FLAGS.experts], sides, peer_python
 

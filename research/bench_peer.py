@@ -1,9 +1,10 @@
-"""The other side of `research.bench`: training steps of Hugging Face transformers' DeepSeek-V3, torch on a CPU.
+"""The other side of `research.bench` and `bench_decoding`: Hugging Face transformers' DeepSeek-V3, torch on a CPU.
 
 A script for the Python of the comparison's own environment (requirements-parity.txt) that imports nothing of ours:
-`python -I research/bench_peer.py REQUEST`, REQUEST being the JSON that `research.bench.request` builds.
+`python -I research/bench_peer.py REQUEST`, REQUEST being the JSON that `research.bench.request` builds, or that of
+`research.bench_decoding`, which has a `cache`: then a step is one `generate`.
 
-Of what was tried it runs the fastest at 16, 64 and 256 experts: `sdpa` attention (`eager` is 2-5%
+Of what was tried it trains by the fastest at 16, 64 and 256 experts: `sdpa` attention (`eager` is 2-5%
 slower), `grouped_mm` experts (the `eager` loop 1.1, 1.4 and 5-10 times as long), fused AdamW (`foreach` 920 ms against
 658 a step at 256 experts); one exploration on a machine with other work. `torch.compile` was not tried.
 """
@@ -17,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-Step = Callable[[np.ndarray], Any]  # trains on tokens_BS (S = T + 1 ids a row), returns the loss: what `float` takes
+# Trains on tokens_BS (S = T + 1 ids a row) and returns the loss, or continues prompts and returns a token.
+Step = Callable[[np.ndarray], Any]
 
 
 def serve(step: Step, about: dict, tokens_file: str) -> None:
@@ -42,16 +44,25 @@ def answer(fields: dict) -> None:
     print(json.dumps(fields), flush=True)
 
 
-def peer_steps(request: dict) -> tuple[Step, dict]:
-    """The training step of transformers' model and what it is made of: dropless, no routing bias update, no MTP."""
+def peer_model(config: dict, experts: str):
+    """transformers' model of random float32 weights on all processors; `experts`: their implementation."""
     import torch  # here: our own worker imports this module for `serve`, where there is no torch
     import transformers
 
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     torch.manual_seed(0)
-    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**request["model"])).float().train()
+    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**config)).float()
     model.set_attn_implementation("sdpa")
-    model.set_experts_implementation("grouped_mm")
+    model.set_experts_implementation(experts)
+    return model
+
+
+def peer_steps(request: dict) -> tuple[Step, dict]:
+    """The training step of transformers' model and what it is made of: dropless, no routing bias update, no MTP."""
+    import torch
+    import transformers
+
+    model = peer_model(request["model"], "grouped_mm").train()
     rate = request["optimizer"]
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -79,6 +90,32 @@ def peer_steps(request: dict) -> tuple[Step, dict]:
     }
 
 
+def peer_generation(request: dict) -> tuple[Step, dict]:
+    """One greedy `generate` of `new_tokens` tokens a prompt, that no end of text cuts short, and what it is made of."""
+    import torch
+    import transformers
+
+    model = peer_model(request["model"] | {"eos_token_id": None}, request["experts"]).eval()
+    cache = None if request["cache"] == "dynamic" else request["cache"]
+
+    def step(tokens_BT: np.ndarray) -> float:
+        tokens = torch.from_numpy(tokens_BT.astype(np.int64))
+        with torch.inference_mode():
+            longer = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, pad_token_id=0,
+                                    max_new_tokens=request["new_tokens"], cache_implementation=cache)
+        if longer.shape[1] != tokens.shape[1] + request["new_tokens"]:
+            raise RuntimeError(f"generate made {longer.shape[1] - tokens.shape[1]} tokens")
+        return float(longer[-1, -1])
+
+    return step, {
+        "name": f"transformers {transformers.__version__}, torch {torch.__version__}: generate, sdpa, "
+                f"{request['experts']}, {request['cache']} cache",
+        "threads": torch.get_num_threads(),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
 if __name__ == "__main__":
     the_request = json.loads(sys.argv[1])
-    serve(*peer_steps(the_request), the_request["tokens"])
+    make = peer_generation if "cache" in the_request else peer_steps
+    serve(*make(the_request), the_request["tokens"])

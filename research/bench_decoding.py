@@ -9,6 +9,7 @@ gpu: V2-Lite's shape in bfloat16: tokens/s and the share of the memory's bandwid
     Not yet run on a GPU.
 """
 
+import importlib.util
 import json
 import sys
 import tempfile
@@ -155,6 +156,8 @@ def main() -> None:
     part, batches = _PART.value, None
     if _PLOT.value is not None and part != "context":
         raise RequestError(f"--plot={_PLOT.value!r} is for --part=context alone")
+    if _PLOT.value and not importlib.util.find_spec("matplotlib"):
+        raise RequestError(f"--plot={_PLOT.value!r} needs matplotlib: pip install -r requirements-dev.txt")
     if _BATCHES.value is not None:
         batches = numbers(_BATCHES, int, 1)
     if part == "peer":

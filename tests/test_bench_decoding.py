@@ -147,7 +147,6 @@ def test_both_paths_over_a_long_cache_are_the_same_attention(tmp_path):
 
 
 def test_the_plot_is_a_png(tmp_path):
-    pytest.importorskip("matplotlib")
     rows = [{"path": path, "cached": n, "ms": [n / 2e3, n / 1e3]} for n in (64, 128) for path in bench_context.PATHS]
     bench_context.draw(rows, str(tmp_path / "a.png"))
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -134,6 +134,8 @@ def check_request(model, prompts, max_tokens: int, draft_tokens: int) -> None:
     M, most = model.mtp.num_nextn_predict_layers, model.config.max_position_embeddings
     if draft_tokens and not M:
         raise ValueError("the checkpoint has no multi-token module to draft with")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens} must be at least 1")
     if not prompts:
         raise ValueError("there is no prompt")
     for number, prompt in enumerate(prompts, start=1):

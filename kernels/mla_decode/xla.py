@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax import lax
 
 BLOCK = 512  # slots; up to two of them are one pass
-FLOOR = -1e30  # below every score, and finite: a query that has seen nothing yet has no infinities to subtract
 
 
 def mla_decode(q_latent_BTNR, q_rope_BTNP, latent_BSR, rope_key_BSP, lengths_B, scale: float, block: int | None = None):
@@ -39,7 +38,8 @@ def mla_decode(q_latent_BTNR, q_rope_BTNP, latent_BSR, rope_key_BSP, lengths_B, 
         latent, rope_key = (lax.dynamic_slice_in_dim(x, start, block, axis=1) for x in (latent_BSR, rope_key_BSP))
         return attend(carry, i * block, latent, rope_key, start + jnp.arange(block))
 
-    carry = jnp.zeros((B, Q, R)), jnp.full((B, Q), FLOOR), jnp.zeros((B, Q))
+    # no infinity is subtracted from another: slot 0 is in the first block, and seen by every query
+    carry = jnp.zeros((B, Q, R)), jnp.full((B, Q), -jnp.inf), jnp.zeros((B, Q))
     if block >= S:
         o_BQR, _, total_BQ = attend(carry, 0, latent_BSR, rope_key_BSP, jnp.arange(S))
     else:

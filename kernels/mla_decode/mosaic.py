@@ -47,8 +47,12 @@ def tasks(shape: Shape) -> int:
 
 
 def default(shape: Shape) -> Tiles:
-    """As many splits as the multiprocessors take at once, each of two blocks of slots at least."""
-    return Tiles(max(1, min(multiprocessors() // tasks(shape), shape.slots // (2 * BLOCK))))
+    """As many splits as the multiprocessors take at once, each of two blocks of slots at least.
+
+    Two at least where a sequence is one tile of queries: compiled for one of each, the kernel spills 48 bytes.
+    """
+    least = 2 if tasks(shape) == shape.batch else 1
+    return Tiles(max(least, min(multiprocessors() // tasks(shape), shape.slots // (2 * BLOCK))))
 
 
 def chosen(shape: Shape) -> Tiles:

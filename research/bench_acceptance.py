@@ -10,12 +10,13 @@ import numpy as np
 
 from research.data.pipeline import load_corpus
 from research.data.tokenizer import Tokenizer
-from research.decoding.generate import Decoder
+from research.decoding.generate import Decoder, joined
 from research.decoding.sampling import Sampling
 from research.environment import pin_threads
 from research.errors import RequestError
 from research.interop.weights import read_weights, variables_of
 from research.model.build import make_model
+from research.training.samples import starts_of
 
 
 class Request(NamedTuple):
@@ -50,11 +51,7 @@ def load(workdir: Path):
 
 def held_out(corpus, request: Request) -> list[list[int]]:
     """Starts of held-out documents that fill a prompt, each with what follows of a continuation's length."""
-    texts = []
-    for first, end in zip(corpus.validation.offsets[:-1], corpus.validation.offsets[1:], strict=True):
-        if end - first >= request.prompt and len(texts) < request.prompts:
-            tokens = corpus.validation.flat[first:min(end, first + request.prompt + request.new - 1)]
-            texts.append([corpus.tokenizer.bos_id, *tokens.tolist()])
+    _, texts = starts_of(corpus, request.prompts, request.prompt, request.new)
     if len(texts) < request.prompts:
         raise RequestError(f"--prompts={request.prompts} is more than the {len(texts)} held-out documents of "
                            f"{request.prompt} tokens")
@@ -86,16 +83,13 @@ def agreement(model, variables, texts: list[list[int]], prompt: int) -> dict:
 
 def one_round(decoder: Decoder, prompts, request: Request, temperature: float, k: int, seed: int, ends) -> dict:
     """All prompts, one after another. seconds: of whole calls, prompts' passes included, without compilation."""
-    tokens, steps, accepted, seconds = [], 0, np.zeros(k, int), 0.0
+    parts, start = [], time.perf_counter()
     for number, prompt in enumerate(prompts):
-        start = time.perf_counter()
-        made = decoder.generate([prompt], request.new, Sampling(temperature), k, seed + number, ends)
-        seconds += time.perf_counter() - start - made.compile_seconds
-        tokens.append(made.tokens[0])
-        steps, accepted = steps + made.steps, accepted + np.array(made.accepted, int)
-    count = sum(map(len, tokens))
-    return {"tokens": tokens, "tokens_per_second": count / seconds, "acceptance": (accepted / max(steps, 1)).tolist(),
-            "tokens_per_step": (count - len(tokens)) / max(steps, 1)}
+        parts.append(decoder.generate([prompt], request.new, Sampling(temperature), k, seed + number, ends))
+    made = joined(parts)
+    seconds = time.perf_counter() - start - made.compile_seconds
+    return {"tokens": made.tokens, "tokens_per_second": sum(map(len, made.tokens)) / seconds,
+            "acceptance": made.acceptance_rate, "tokens_per_step": made.tokens_per_step}
 
 
 def measure_acceptance(request: Request) -> dict:

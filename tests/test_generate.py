@@ -17,22 +17,24 @@ from research.interop.weights import checked_weights
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The golden checkpoint with a multi-token module, and a tokenizer of bytes."""
-    made = tmp_path_factory.mktemp("checkpoint") / "v3"
-    shutil.copytree(GOLDEN / "deepseek_v3_tiny_mtp", made)
+def with_tokenizer(name: str, tmp_path_factory) -> Path:
+    """A copy of a golden checkpoint, with a tokenizer of bytes."""
+    made = tmp_path_factory.mktemp("checkpoint") / name
+    shutil.copytree(GOLDEN / name, made)
     Tokenizer(_bytes()).save(made / "tokenizer.json")
     return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model with a multi-token module."""
+    return with_tokenizer("deepseek_v3_tiny_mtp", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """A Qwen2 without multi-token modules, and a tokenizer of bytes."""
-    made = tmp_path_factory.mktemp("checkpoint") / "qwen2"
-    shutil.copytree(GOLDEN / "qwen2_tiny", made)
-    Tokenizer(_bytes()).save(made / "tokenizer.json")
-    return made
+    """A model without one."""
+    return with_tokenizer("qwen2_tiny", tmp_path_factory)
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 def attention(q_BTNH, k_BSGH, v_BSGJ, positions_BT, scale: float):
     """softmax(scale * q k^T) v over the cache slots s <= positions_BT. Returns o_BTNJ in q's dtype.
 
-    Slot s of row b holds position s of its sequence; what lies beyond a query's position is never read as a number:
-    a slot of garbage counts nothing. Query head n reads key head n // (N/G). Scores and softmax in float32.
+    Slot s of row b holds position s of its sequence; slots beyond a query's position may hold any finite numbers.
+    Query head n reads key head n // (N/G). Scores and softmax in float32.
     """
     B, T, N, H = q_BTNH.shape
     S, G = k_BSGH.shape[1:3]

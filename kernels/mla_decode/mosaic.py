@@ -47,12 +47,8 @@ def tasks(shape: Shape) -> int:
 
 
 def default(shape: Shape) -> Tiles:
-    """As many splits as the multiprocessors take at once, each of two blocks of slots at least.
-
-    Two at least where a sequence is one tile of queries: compiled for one of each, the kernel spills 48 bytes.
-    """
-    least = 2 if tasks(shape) == shape.batch else 1
-    return Tiles(max(least, min(multiprocessors() // tasks(shape), shape.slots // (2 * BLOCK))))
+    """As many splits as the multiprocessors take at once, each of two blocks of slots at least."""
+    return Tiles(max(1, min(multiprocessors() // tasks(shape), shape.slots // (2 * BLOCK))))
 
 
 def chosen(shape: Shape) -> Tiles:
@@ -93,25 +89,27 @@ def combine(o_BIKQR, lse_BIKQ):
 def partial_results(q_BQR, q_BQP, latent_BSR, rope_key_BSP, last_BQ, scale: float, splits: int, interpret=None):
     """Attention of rows, a multiple of 64, over each split's slots up to last_BQ, which grows along a sequence's rows.
 
-    Returns (o_BIKQR, lse_BIKQ), float32, of the I-th 64 rows and the split K: lse is log2 of the sum of exponentials,
-    about -1e30 of a split in which a row sees no slot, whose o is 0.
+    A task X of the kernel is a sequence, 64 of its rows, and a split. Returns (o_BIKQR, lse_BIKQ), float32, of the I-th
+    64 rows and the split K: lse is log2 of the sum of exponentials, about -1e30 of a split in which a row sees no slot,
+    whose o is 0.
     """
     (B, Q, R), (S, P) = q_BQR.shape, rope_key_BSP.shape[1:]
     half, n_tiles = R // 2, Q // ROWS
     scale = scale * math.log2(math.e)  # of exponentials with base 2, which the hardware has
 
-    # tables, not arithmetic in the kernel: what the compiler made of that, for one split, spilled registers
-    blocks_B = jnp.minimum(last_BQ[:, -1], S - 1) // BLOCK + 1
-    a_split_B = -(-blocks_B // splits)
-    first_BK = jnp.arange(splits, dtype=jnp.int32)[None] * a_split_B[:, None]
-    n_BK = jnp.clip(blocks_B[:, None] - first_BK, 0, a_split_B[:, None])
+    n_tasks = B * n_tiles * splits
+    # a table, not arithmetic in the kernel: where the compiler sees that something is always 0, it spills registers
+    sequence_X, tile_X, split_X = jnp.unravel_index(jnp.arange(n_tasks, dtype=jnp.int32), (B, n_tiles, splits))
+    blocks_X = (jnp.minimum(last_BQ[:, -1], S - 1) // BLOCK + 1)[sequence_X]
+    most_X = -(-blocks_X // splits)
+    first_X = split_X * most_X
+    task_4X = jnp.stack([sequence_X, tile_X, first_X, jnp.clip(blocks_X - first_X, 0, most_X)])
 
-    def kernel(q_latent, q_rope, latent, rope_key, last, first_block, n_blocks, o, lse, *scratch):
+    def kernel(q_latent, q_rope, latent, rope_key, last, tasks, o, lse, *scratch):
         q_latent_s, q_rope_s, latent_s, rope_key_s, p_s, factor_s, asked, full, empty, ready, used = scratch
         warpgroup, task = lax.axis_index("warpgroup"), lax.axis_index("task")
-        b, tile, split = lax.div(task, n_tiles * splits), lax.rem(lax.div(task, splits), n_tiles), lax.rem(task, splits)
+        b, tile, first, steps = (tasks[i, task] for i in range(4))
         rows = pl.ds(tile * ROWS, ROWS)
-        first, steps = first_block[b, split], n_blocks[b, split]
 
         def slot_of(i):
             return lax.rem(i, jnp.int32(STAGES))
@@ -231,7 +229,6 @@ def partial_results(q_BQR, q_BQP, latent_BSR, rope_key_BSP, last_BQ, scale: floa
         shared(latent_BSR.dtype, ROWS, BLOCK), plgpu.SMEM((ROWS,), jnp.float32),
         plgpu.Barrier(**both), plgpu.Barrier(**both, num_barriers=STAGES), plgpu.Barrier(**both, num_barriers=STAGES),
         plgpu.Barrier(), plgpu.Barrier(**both))
-    n_tasks = B * n_tiles * splits  # one axis: three would cost a register more than there is
     o, lse = plgpu.kernel(
         kernel, scratch_types=scratch, kernel_name="mla_decode", interpret=interpret,
         out_type=(jax.ShapeDtypeStruct((n_tasks, ROWS, R), jnp.float32),
@@ -240,5 +237,5 @@ def partial_results(q_BQR, q_BQP, latent_BSR, rope_key_BSP, last_BQ, scale: floa
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True,
             reduction_scratch_bytes=0),  # a row is in one warp; two stages leave no more than 2 KiB of shared memory
-    )(q_BQR, q_BQP, latent_BSR, rope_key_BSP, last_BQ, first_BK, n_BK)
+    )(q_BQR, q_BQP, latent_BSR, rope_key_BSP, last_BQ, task_4X)
     return o.reshape(B, n_tiles, splits, ROWS, R), lse.reshape(B, n_tiles, splits, ROWS)

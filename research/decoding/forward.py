@@ -37,7 +37,7 @@ def prepare(variables, model):
     params, routing = variables["params"], variables["routing"]
 
     def cast(path, x):
-        kept = path.endswith(("/scale", "/bias", "gate/kernel")) or path == "scale"
+        kept = path.endswith(("/scale", "/bias", "gate/kernel"))
         return jnp.asarray(x) if kept else jnp.asarray(x).astype(dtype)
 
     def block(tree, biases):

@@ -29,13 +29,16 @@ def weights_of(state) -> dict:
     return {"params": state["params"] if state["ema"] is None else state["ema"], "routing": state["routing"]}
 
 
-def starts_of(corpus, number: int, width: int) -> tuple[list[str], list[list[int]]]:
-    """Names of the first so many held-out documents that are long enough, and their first `width` tokens."""
+def starts_of(corpus, number: int, width: int, further: int = 0) -> tuple[list[str], list[list[int]]]:
+    """Names and first `width` tokens, the beginning's included, of the first so many held-out documents that have them.
+
+    further: up to so many of the tokens that follow come along.
+    """
     starts, names = [], []
     for place, document in enumerate(corpus.validation_documents):
         tokens = corpus.validation.flat[corpus.validation.offsets[place]:corpus.validation.offsets[place + 1]]
         if len(tokens) >= width and len(starts) < number:
-            starts.append([corpus.tokenizer.bos_id, *tokens[: width - 1].tolist()])
+            starts.append([corpus.tokenizer.bos_id, *tokens[: width - 1 + further].tolist()])
             names.append(document.name)
     return names, starts
 
@@ -53,8 +56,7 @@ def time_decoding(model, state, corpus, settings) -> dict[str, Generation]:
     decoder = Decoder(model, weights_of(state)) if starts else None
     for name, drafts in (("plain", 0), ("drafted", settings.mtp.num_nextn_predict_layers)):
         if decoder and (drafts or name == "plain"):
-            found[name] = joined([decoder.generate([start], tokens, draft_tokens=drafts)
-                                  for start in starts])
+            found[name] = joined([decoder.generate([start], tokens, draft_tokens=drafts) for start in starts])
     return found
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from kernels.choice import meant_for_h200
 from research import command, config
-from research.accounting.parameters import is_routed_expert, with_plain_attention
+from research.accounting.parameters import is_routed_expert, shapes, with_plain_attention
 from research.accounting.request import settings_of
 from research.environment import runnable
 from research.errors import RequestError, nearest
@@ -27,7 +27,6 @@ from research.precision.quantize import weight
 from research.precision.recipe import RECIPES
 from research.training.optimizer import make_optimizer
 from research.training.step import loss_of
-from research.tree import paths
 
 FLAGS = flags.FlagValues()
 _CONFIG = flags.DEFINE_string("config", None, "The experiment: FILE.py or FILE.py:arm.", FLAGS)
@@ -111,8 +110,8 @@ def of_device(settings, gpu: bool) -> dict[str, int]:
     settings = with_plain_attention(settings)
     mesh, pieces, recipe = settings.mesh, settings.training.accumulation_steps, RECIPES[settings.precision.recipe]
     devices = mesh.data * mesh.fsdp * mesh.expert * mesh.tensor * mesh.pipeline
-    params = variable_shapes(make_model(settings), settings)["params"]
-    sizes = {path: leaf.size for path, leaf in paths(params).items()}
+    params = shapes(settings)
+    sizes = {path: leaf.size for path, leaf in params.items()}
     routed = sum(size for path, size in sizes.items() if is_routed_expert(path))
     total = sum(sizes.values())
     held = (total - routed + routed / mesh.expert) / (mesh.fsdp * mesh.tensor * mesh.pipeline)
@@ -155,7 +154,7 @@ def _copies(settings) -> int:
         lambda w: weight(w, recipe.forward.right, products.implementation)[1].packed(),
         jax.ShapeDtypeStruct(shape, jnp.float32)))))
     total = 0
-    for path, leaf in paths(variable_shapes(model, settings)["params"]).items():
+    for path, leaf in shapes(settings).items():
         name = path.removesuffix("/kernel").rsplit("/", 1)[-1]
         if name in config.PROJECTIONS and products.quantizes(name):
             layers, shape = (1, leaf.shape) if path.startswith("mtp_") else (leaf.shape[0], leaf.shape[1:])

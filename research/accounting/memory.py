@@ -103,11 +103,13 @@ def of_device(settings, gpu: bool) -> dict[str, int]:
     float32, moments as the config says. Everything that one weight has is divided by fsdp, tensor and pipeline, routed
     experts by expert; master, moments and average also by the rest of the mesh (ZeRO-1). activations: what the forward
     pass keeps of a device's rows of one of the `accumulation_steps` pieces (experts see those of all devices of the
-    axis expert, and pad them), as many of them in flight as the pipeline has stages (1F1B). buffers: the logits'
-    softmax and gradient. total: the largest sum that is alive at once, where gradients take the place of activations,
-    unless they are accumulated over pieces.
+    axis expert, and pad them), as many of them in flight as the pipeline has stages (1F1B). buffers: what the backward
+    pass has beside them at its beginning. total: the largest sum that is alive at once, where gradients take the place
+    of activations, unless they are accumulated over pieces.
     """
     settings = with_plain_attention(settings)
+    if not gpu and settings.precision.recipe == "bfloat16":  # XLA:CPU multiplies 16 bits through float32 copies, and
+        settings = with_recipe(settings, "float32")  # keeps those
     mesh, pieces, recipe = settings.mesh, settings.training.accumulation_steps, RECIPES[settings.precision.recipe]
     devices = mesh.data * mesh.fsdp * mesh.expert * mesh.tensor * mesh.pipeline
     params = shapes(settings)
@@ -126,12 +128,29 @@ def of_device(settings, gpu: bool) -> dict[str, int]:
         "moments": bytes_of(jax.tree.leaves(jax.eval_shape(make_optimizer(settings).init, params))) / devices,
         "average": 4 * total / devices if settings.training.ema_decay else 0,
         "activations": kept / mesh.expert * in_flight / mesh.tensor,
-        "buffers": 2 * 4 * tokens * settings.model.vocab_size / mesh.tensor,
+        "buffers": _passing(settings, tokens) / mesh.tensor,
     }
     state = of["weights"] + of["master"] + of["moments"] + of["average"]
     passing = max(of["activations"] + of["buffers"], of["gradients"])
     of["total"] = state + passing + (of["gradients"] if pieces > 1 else 0)
     return {name: round(size) for name, size in of.items()}
+
+
+def with_recipe(settings, name: str):
+    """The settings under another recipe."""
+    return replace(settings, precision=FrozenConfigDict({**settings.precision, "recipe": name}))
+
+
+def _passing(settings, tokens: int) -> float:
+    """Bytes that the backward pass has of so many tokens besides what is kept: the logits' softmax and gradient, or
+    what a layer of experts has of its rows (three as wide as the model, six as an expert), whichever is more."""
+    m = settings.model
+    logits = 2 * 4 * tokens * m.vocab_size
+    if not m.n_routed_experts:
+        return logits
+    width = jnp.dtype(RECIPES[settings.precision.recipe].activations).itemsize
+    rows = tokens * m.num_experts_per_tok
+    return max(logits, width * rows * (3 * m.hidden_size + 6 * m.moe_intermediate_size))
 
 
 def _kept_and_copies(settings, rows: int, gpu: bool) -> tuple[int, int]:
@@ -190,7 +209,7 @@ def main() -> None:
     settings = settings_of(_CONFIG.value, _FIELDS.value)
     lines = []
     for name in tqdm(_RECIPES.value, disable=None, leave=False):
-        found = count(replace(settings, precision=FrozenConfigDict({**settings.precision, "recipe": name})))
+        found = count(with_recipe(settings, name))
         parts_of = found["kept_per_token"]
         lines.append(f"{name:<24}{found['weights'] / 2**20:>11,.0f}{found['optimizer'] / 2**20:>11,.0f}"
                      f"{found['kept']['model'] / 2**20:>11,.0f}" + "".join(f"{x:>12,.0f}" for x in parts_of.values()))

@@ -98,8 +98,10 @@ def text(found: dict) -> str:
         row(name, f"{number / size:,.3f}", unit, {
             "gradients": "" if found["gradients_are_kept"] else "in the place of activations, as they are made",
             "total": f"{number / most:.1%} of {most / 1e9:.0f} GB" if most else ""}.get(name, ""))
-    if not most and found["recipe"] != "float32":
-        lines.append("  (a CPU computes 16- and 8-bit products through float32 copies, which are not counted)")
+    if not most and found["recipe"] == "bfloat16":
+        lines.append("  (a CPU multiplies 16 bits through float32 copies: counted as float32)")
+    elif not most and found["recipe"] != "float32":
+        lines.append("  (a CPU emulates 8 bits in float32: its compiled program takes two to three times as much)")
     group("arithmetic intensity, FLOPs a byte")
     for name, value in found["arithmetic_intensity"].items():
         if value is not None:

@@ -24,8 +24,8 @@ FORMULAE = {
 def simulate(stages: int, batches: int, delayed: bool) -> tuple[float, int]:
     """Idle time of a stage under 1F1B, and the most micro-batches whose activations one stage holds.
 
-    delayed: weight gradients are chunks of their own (ZB1P): run where a stage would wait, and when it has as many
-    waiting as stages come before it.
+    delayed: weight gradients are chunks of their own (ZB1P), and a stage lets as many of them wait as stages come
+    before it.
     """
     orders = []
     for stage in range(stages):
@@ -40,9 +40,7 @@ def simulate(stages: int, batches: int, delayed: bool) -> tuple[float, int]:
         start, stage = min((begin, stage) for stage in range(stages)
                            if (begin := _start(orders, stage, stages, done, now)) is not None)
         kind, batch = orders[stage].pop(0)
-        while waiting[stage] and now[stage] + W <= start:
-            waiting[stage], now[stage] = waiting[stage] - 1, now[stage] + W
-        now[stage] = max(start, now[stage]) + (F if kind == "F" else backward)
+        now[stage] = start + (F if kind == "F" else backward)
         done[kind, batch, stage] = now[stage]
         held[stage] += 1 if kind == "F" else -1
         most = max(most, held[stage])

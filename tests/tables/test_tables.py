@@ -7,7 +7,7 @@ import pytest
 from research import command
 from research.errors import RequestError
 from research.tables import __main__ as main
-from research.tables import runner, v3_bubbles
+from research.tables import fp8_storage, runner, v3_bubbles
 
 PNG = b"\x89PNG"
 OFF = {  # figures that do not come out as they are printed: ours, and that the notes say why
@@ -130,6 +130,13 @@ def test_without_a_name_the_tables_are_listed(capsys):
     assert run() == 0
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()] == [*OFF]
+
+
+def test_scales_are_those_of_the_released_tensors():
+    """The checkpoint's shapes: 62 layers with the multi-token one, 3 of them dense, 257 experts in the others."""
+    attention = 12 * 56 + 192 * 12 + 5 * 56 + 256 * 4 + 56 * 128
+    assert fp8_storage.stored(runner.published("deepseek_v3"))["scales"] == \
+        62 * attention + 3 * 3 * 144 * 56 + 59 * 257 * 3 * 16 * 56
 
 
 @pytest.mark.parametrize("stages, batches", [(1, 3), (2, 4), (5, 11), (8, 16)])

@@ -46,6 +46,7 @@ def test_deepseek_v3_to_the_digits_of_the_contract(capsys, light):
     assert {"weights", "gradients", "master", "moments", "activations", "buffers"} <= found["memory_per_device"].keys()
     assert round(found["mfu"], 4) == 0.3894
     assert round(found["gpu_hours"] / 1e3, 1) == 2666.6 and found["dollars"] == 2 * found["gpu_hours"]
+    assert found["days"] == found["gpu_hours"] / 24
     assert any("36.7B" in note for note in found["notes"]) and any("11.5B" in note for note in found["notes"])
 
 

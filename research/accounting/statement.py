@@ -44,7 +44,9 @@ def account(settings, name: str, terms: Terms) -> dict:
         "device": terms.gpu or "this machine's",
         "device_memory": gpu and gpu.memory,
         "devices": devices,
-        "gradients_are_kept": t.accumulation_steps > 1,
+        "pieces": t.accumulation_steps,  # of a step's batch, one after another
+        "rows_at_once": t.batch_size // t.accumulation_steps // (
+            settings.mesh.data * settings.mesh.fsdp * settings.mesh.expert),
         "mesh": dict(settings.mesh),
         "recipe": settings.precision.recipe,
         "arithmetic_intensity": {  # FLOPs a byte; in training all that is held is written and read once for each piece
@@ -56,6 +58,7 @@ def account(settings, name: str, terms: Terms) -> dict:
         "tokens_per_second": speed,
         "mfu": gpu and speed and cost.utilization(causal, gpu.peak, speed),
         "gpu_hours": hours,
+        "days": hours and hours / 24 / devices,
         "dollars": None if price is None or hours is None else hours * price,
         "dollars_per_million_tokens":
             cost.dollars_per_million_tokens(price, terms.tokens_per_second) if inference else None,
@@ -96,7 +99,8 @@ def text(found: dict) -> str:
     most, (size, unit) = found["device_memory"], (1e9, "GB") if m["total"] >= 1e9 else (1e6, "MB")
     for name, number in m.items():
         row(name, f"{number / size:,.3f}", unit, {
-            "gradients": "" if found["gradients_are_kept"] else "in the place of activations, as they are made",
+            "gradients": "" if found["pieces"] > 1 else "in the place of activations, as they are made",
+            "activations": f"rows of T at once: {found['rows_at_once']:,}",
             "total": f"{number / most:.1%} of {most / 1e9:.0f} GB" if most else ""}.get(name, ""))
     if not most and found["recipe"] == "bfloat16":
         lines.append("  (a CPU multiplies 16 bits through float32 copies: counted as float32)")
@@ -111,7 +115,7 @@ def text(found: dict) -> str:
         row("speed", f"{found['tokens_per_second']:,.1f}", "tokens/s", "a GPU")
         if found["mfu"]:
             row("utilisation, causal", f"{found['mfu']:.2%}", "", "of the bfloat16 peak")
-        row("GPU hours", f"{found['gpu_hours']:,.0f}", "h")
+        row("GPU hours", f"{found['gpu_hours']:,.0f}", "h", f"{found['days']:,.1f} days of {found['devices']:,} GPUs")
         if found["dollars"] is not None:
             row("price", f"{found['dollars']:,.0f}", "dollars")
     if found["dollars_per_million_tokens"] is not None:

@@ -39,7 +39,7 @@ def main() -> None:
         raise RequestError(f"--scale={_SCALE.value}: {some}")
     folder = Path(_FOLDER.value)
     first = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not first.is_dir() or not os.access(first, os.W_OK):
+    if not _FOLDER.value or not first.is_dir() or not os.access(first, os.W_OK):
         raise RequestError(f"--folder={_FOLDER.value!r} is not a folder that can be written")
     plots.require(f"--table={_TABLE.value}")
     made = {name: runner.provenance(f"python -m research.tables --table={name} --scale={_SCALE.value}")

@@ -112,6 +112,7 @@ def test_a_damaged_file_is_named_and_left(tmp_path):
     (("--table=all", "--scale=cpu"), "--scale=cpu: no table has it"),
     (("--table=v3_cost", "--scale=tpu"), "analytic|cpu|gpu"),
     (("--table=v3_cost", f"--folder={__file__}/results"), "/results' is not a folder that can be written"),
+    (("--table=v3_cost", "--folder="), "--folder='' is not a folder that can be written"),
     (("v3_cost",), "'v3_cost' is not a flag"),
 ])
 def test_wrong_requests_are_one_line(capsys, words, said):

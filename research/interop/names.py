@@ -8,10 +8,16 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from research.config import PROJECTIONS
+
 LEAVES = {"kernel": "weight", "scale": "weight"}  # the others keep their name
 MODULES = {"attention": "self_attn"}
 STACKS = ("gate_proj", "up_proj", "down_proj")  # the routed experts, where they are leaves
 TOP = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight", "norm/scale": "model.norm.weight"}
+
+
+SCALE = "_scale_inv"  # a weight in FP8 blocks has its scales under its own name and this ending
+IN_BLOCKS = tuple(name for name in PROJECTIONS if name != "eh_proj")  # what the release quantises
 
 
 class Place(NamedTuple):
@@ -50,6 +56,12 @@ def places(path: str, shape: tuple[int, ...], config) -> Iterator[Place]:
         else:
             name = ".".join(filter(None, (f"model.layers.{layer}", inner, LEAVES.get(leaf, leaf))))
             yield Place(name, index, leaf == "kernel")
+
+
+def in_blocks(path: str) -> bool:
+    """Whether the release holds our array at `path` in FP8 blocks: its projections, but neither gate nor eh_proj."""
+    *modules, leaf = path.split("/")
+    return leaf in STACKS or (leaf == "kernel" and modules[-1] in IN_BLOCKS)
 
 
 def mtp_layer(depth: int, config) -> int:

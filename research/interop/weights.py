@@ -5,6 +5,7 @@ from pathlib import Path
 from research import config
 from research.errors import RequestError
 from research.interop import huggingface
+from research.interop.variables import read_variables
 from research.model.build import make_model, variable_shapes
 from research.training.checkpoint import Checkpoints, differences
 
@@ -13,7 +14,7 @@ def read_weights(folder: Path) -> tuple[config.Settings, dict]:
     """Settings and {`params`, `routing`} of a workdir (its newest intact checkpoint) or a Hugging Face folder."""
     if not (folder / "checkpoints").is_dir():
         settings = huggingface.read_settings(folder)
-        return settings, huggingface.read_variables(folder, settings)
+        return settings, read_variables(folder, settings)
     settings = config.read(folder)
     checkpoints = Checkpoints(folder / "checkpoints", settings.checkpoint.keep_last, settings.checkpoint.keep_best)
     step = checkpoints.newest_intact()

@@ -62,7 +62,7 @@ def read_settings(folder: Path) -> Settings:
     if not isinstance(family, str) or family not in MODELS:
         raise _wrong(path, "model_type", family, f"must be one of {', '.join(MODELS)}{nearest(str(family), MODELS)}")
     _check_fixed(path, raw, family)
-    model, announced = _model(path, raw, family)
+    model, announced = model_fields(path, raw, family)
     if announced and not any(_layer(name) >= model["num_hidden_layers"] for name in tensors):
         logging.warning("%s announces num_nextn_predict_layers=%d and the weights hold none of it: the model is read "
                         "without multi-token prediction", path, announced)
@@ -91,7 +91,7 @@ def list_weights(folder: Path) -> dict[str, Tensor]:
             if not name.endswith(".rotary_emb.inv_freq")}
 
 
-def _model(path: Path, raw: dict, family: str) -> tuple[dict, int]:
+def model_fields(path: Path, raw: dict, family: str) -> tuple[dict, int]:
     """The fields of `config.model` that a config.json gives, and the number of multi-token modules it announces."""
     model, latent = _take(path, raw, MODELS[family]), family in ("deepseek_v2", "deepseek_v3")
     announced = _take(path, raw, {"num_nextn_predict_layers": 0})["num_nextn_predict_layers"] if latent else 0

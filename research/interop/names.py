@@ -64,6 +64,11 @@ def in_blocks(path: str) -> bool:
     return leaf in STACKS or (leaf == "kernel" and modules[-1] in IN_BLOCKS)
 
 
+def scales_path(path: str) -> str:
+    """Where our checkpoints hold the scales of an array that they hold in FP8 blocks."""
+    return "scales/" + path.split("/", 1)[1]
+
+
 def mtp_layer(depth: int, config) -> int:
     """The number under which the multi-token module of a depth (from 1) is stored."""
     return config.num_hidden_layers + depth - 1

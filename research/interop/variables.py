@@ -1,9 +1,11 @@
 """The tensors of a Hugging Face folder as our variables: strict, one tensor at a time."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from research.errors import RequestError
 from research.interop import blocks
@@ -11,7 +13,7 @@ from research.interop.huggingface import check_counts, list_weights
 from research.interop.names import SCALE, TOP, Place, copies, in_blocks, places
 from research.interop.tensors import FLOATS, FP8, Tensor
 from research.model.build import make_model, variable_shapes
-from research.tree import map_paths, paths
+from research.tree import paths
 
 
 class Array(NamedTuple):
@@ -28,6 +30,7 @@ class Array(NamedTuple):
         return shape[::-1] if self.places[0].transposed else shape
 
 
+@lru_cache(maxsize=4)  # tracing a model takes a second
 def arrays_of(settings) -> dict[str, Array]:
     """{path: Array} of the settings' model, from shapes alone."""
     template = variable_shapes(make_model(settings), settings)
@@ -96,7 +99,7 @@ def read_variables(folder: Path, settings) -> dict:
     different = [f"{name} (a copy of {original})" for name, original in repeated.items()
                  if not np.array_equal(tensors[name].read(), tensors[original].read())]
     refuse(folder, {"different from the tensor that they repeat": different})
-    return map_paths(lambda path, _: filled[path], variable_shapes(make_model(settings), settings))
+    return {"params": {}, "routing": {}} | unflatten_dict(filled, sep="/")
 
 
 def refuse(folder: Path, problems: dict[str, list[str]]) -> None:

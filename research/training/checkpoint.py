@@ -2,7 +2,8 @@
 
 Under DIR/checkpoints:
 
-    <step>/state           the arrays (Orbax, OCDBT, not compressed: zstd takes 5 times as long for 8% less)
+    <step>/state           the arrays (Orbax, OCDBT, not compressed: zstd takes 5 times as long for 8% less; what
+                           research.convert writes: research/interop/storage.py)
     <step>/record          what goes with them, as JSON: data position, timing, fingerprint
     <step>/metrics         the validation loss by which the best are kept
     <step>/manifest.json   size and SHA-256 of every other file of the step
@@ -35,12 +36,15 @@ from research.errors import RequestError, RunError
 MANIFEST = "manifest.json"
 
 
-def seal(folder: Path) -> None:
-    """Writes the manifest of everything in `folder`, after everything has reached the disk."""
-    files = {}
-    for name, path in _files(folder).items():
+def seal(folder: Path, known: dict[str, str] | None = None) -> None:
+    """Writes the manifest of everything in `folder`, after everything has reached the disk.
+
+    known: SHA-256 by name of files whose writer has computed it.
+    """
+    files, known = {}, known or {}
+    for name, path in files_of(folder).items():
         _sync(path)
-        files[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        files[name] = {"bytes": path.stat().st_size, "sha256": known.get(name) or _digest(path)}
     with (folder / MANIFEST).open("w") as file:
         json.dump({"files": files}, file, separators=(",", ":"))
         file.flush()
@@ -58,7 +62,7 @@ def damage(folder: Path) -> str:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
-    found = _files(folder)
+    found = files_of(folder)
     for name in sealed:
         if name not in found:
             return f"{name} is missing"
@@ -152,17 +156,28 @@ class Checkpoints:
         one, the sharding. Raises RequestError, before any array is read, when they are not those of the checkpoint.
         """
         path = self._intact(step)
-        found = differences(_metadata(path), abstract_state)
+        saved = _metadata(path)
+        if "optimizer" not in saved:
+            raise RequestError(f"{path} holds weights alone: a run starts from them in a workdir of its own, with "
+                               "--config.checkpoint.initialize_from")
+        found = differences(saved, abstract_state)
         if found:
             raise RequestError(f"{path} belongs to another model: {found}")
         state = _read(path, abstract_state)
         return state, json.loads((path / "record" / "metadata").read_text())
 
     def restore_weights(self, step: int) -> dict[str, Any]:
-        """`params`, `routing` and, where it was saved, `ema` of `step`, without knowledge of model or optimiser."""
+        """`params`, `routing` and, where they were saved, `ema` and `scales` of `step`, as they are stored.
+
+        Without knowledge of model or optimiser. `scales`: of weights in FP8 blocks, see research/interop/storage.py.
+        """
         path = self._intact(step)
-        saved = _metadata(path)
-        return _read(path, {name: saved[name] for name in ("params", "routing", "ema") if saved.get(name) is not None})
+        saved, names = _metadata(path), ("params", "routing", "ema", "scales")
+        return _read(path, {name: saved[name] for name in names if saved.get(name) is not None})
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """The tree that was saved at `step`, with a shape and a dtype at each leaf."""
+        return _metadata(self._intact(step))
 
     def list(self) -> Sequence[int]:
         """The steps on disk, ascending, damaged ones included."""
@@ -262,9 +277,10 @@ class _Retention(ocp.checkpoint_managers.PreservationPolicy):
         return [info.step in kept for info in checkpoints]
 
 
-def _files(folder: Path) -> dict[str, Path]:
+def files_of(folder: Path) -> dict[str, Path]:
     """Every file below `folder` by name, but the manifest, and hidden ones that a file manager may have left."""
-    paths = sorted(path for path in folder.rglob("*") if not path.is_dir() and not path.name.startswith("."))
+    paths = sorted(path for path in folder.rglob("*") if not path.is_dir()
+                   and (path.name == ".zarray" or not path.name.startswith(".")))
     return {path.relative_to(folder).as_posix(): path for path in paths if path != folder / MANIFEST}
 
 

@@ -1,0 +1,128 @@
+"""A workdir of ours as a Hugging Face folder in the layout of the release."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from research import config
+from research.data.tokenizer import Tokenizer
+from research.errors import RequestError
+from research.interop import blocks, storage
+from research.interop.carried import carry
+from research.interop.destination import built, put_file
+from research.interop.names import SCALE, Place, copies, in_blocks, scales_path
+from research.interop.release import config_json
+from research.interop.shards import Entry, Shards, lay_out
+from research.interop.tensors import DTYPES, FP8
+from research.interop.transfer import Account, Piece, Work, target, transfer
+from research.interop.variables import Array, arrays_of, refuse
+from research.training.checkpoint import Checkpoints
+from research.tree import paths
+
+
+def export_workdir(source: Path, destination: Path, quantize: str | None, dtype: str | None) -> Account:
+    """Writes `destination`: config.json, safetensors shards with their index, and the tokenizer's files.
+
+    Of the source's newest intact checkpoint; quantize, dtype: see `transfer.target`. Raises RequestError for a model
+    that no released family computes, and for a checkpoint that is not of it.
+    """
+    settings = config.read(source)
+    if settings.model.vocab_size is None:
+        raise RequestError(f"{source / 'config.json'}: config.model.vocab_size=None must be a whole number")
+    arrays = arrays_of(settings)
+    checkpoints = Checkpoints(source / "checkpoints", settings.checkpoint.keep_last, settings.checkpoint.keep_best)
+    step = checkpoints.newest_intact()
+    if step is None:
+        raise RequestError(f"{source / 'checkpoints'} holds no intact checkpoint")
+    state = source / "checkpoints" / str(step) / "state"
+    stored = _stored(source, checkpoints.metadata(step), arrays)
+    dtypes = {path: target(stored[path], path, quantize, dtype) for path in arrays}
+    tokenizer = Tokenizer.load(source) if (source / "tokenizer.json").is_file() else None
+    common = Counter(dtypes[path] for path in arrays if dtypes[path] != FP8).most_common(1)[0][0]
+    raw = config_json(settings, common, FP8 in dtypes.values(), tokenizer and tokenizer.bos_id,
+                      tokenizer and tokenizer.eos_id)
+    repeated = {}
+    for copy, original in copies(settings).items():
+        repeated.setdefault(original, []).append(copy)
+    request = {"source": str(source.absolute()), "step": step, "quantize": quantize, "dtype": dtype}
+    entries = list(_entries(arrays, dtypes, repeated))
+    with built(destination, request) as folder, Shards(folder, lay_out(entries)) as shards:
+        works = [work for array in arrays.values()
+                 for work in _works(state, array, stored[array.path], dtypes[array.path], repeated, shards)]
+        account = transfer(works, sum(work.nbytes for work in works))
+        account.tensors = len(entries)
+        refuse(source, {"not finite (NaN or infinite values)": sorted(account.infinite)})
+        put_file(folder / "config.json", (json.dumps(raw, indent=2) + "\n").encode())
+        carry(source, folder)
+    return account
+
+
+def _stored(source: Path, saved: dict, arrays: dict[str, Array]) -> dict[str, str]:
+    """{path: dtype} of the checkpoint's weights, checked to be the model's arrays, and the scales of those in FP8."""
+    weights = {name: saved[name] for name in ("params", "routing")}
+    scales = paths(saved.get("scales", {}))
+    expected = {path: array.shape for path, array in arrays.items()}
+    found = {path: tuple(leaf.shape) for path, leaf in paths(weights).items()}
+    dtypes = {path: np.dtype(leaf.dtype) for path, leaf in paths(weights).items()}
+    narrow = [path for path, dtype in dtypes.items() if dtype == DTYPES[FP8]]
+    expected |= {scales_path(path): blocks.scale_shape(found[path]) for path in narrow}
+    found |= {f"scales/{path}": tuple(leaf.shape) for path, leaf in scales.items()}
+    refuse(source, {
+        "missing": sorted(expected.keys() - found.keys()),
+        "left over": sorted(found.keys() - expected.keys()),
+        "of another shape": [f"{path} is {list(found[path])} and must be {list(expected[path])}"
+                             for path in sorted(expected.keys() & found.keys()) if found[path] != expected[path]],
+        "of a dtype that is not read": [f"{path} is {dtype}" for path, dtype in sorted(dtypes.items())
+                                        if dtype not in DTYPES.values() or (path in narrow and not in_blocks(path))],
+    })
+    return {path: next(word for word, known in DTYPES.items() if known == dtype) for path, dtype in dtypes.items()}
+
+
+def _works(state: Path, array: Array, source: str, to: str, repeated: dict[str, list[str]],
+           shards: Shards) -> Iterator[Work]:
+    """One for each tensor where a conversion has stored the array, one for all of it where a run has."""
+    stored, scales = storage.stored(array, source)
+
+    def piece(place: Place, read, read_scales) -> Piece:
+        names = (place.name, *repeated.get(place.name, ()))
+        return Piece(place.name, array.their_shape, source, to, read, read_scales,
+                     lambda rows: _write(names, rows, shards),
+                     lambda made: _write((place.name + SCALE,), iter((made,)), shards))
+
+    if stored.stands(state):
+        for place in array.places:
+            tensor, scale = (way and way.tensor(state, place.index) for way in (stored, scales))
+            made = piece(place, tensor.read, scale and scale.read)
+            yield Work(tensor.nbytes + (scale.nbytes if scale else 0), lambda made=made: (made,))
+        return
+
+    def pieces() -> Iterator[Piece]:
+        values = storage.open_array(state, array.path).read().result()
+        for place in array.places:
+            tensor = values[place.index].T if place.transposed else values[place.index]
+            yield piece(place, lambda first, end, tensor=tensor: tensor[first:end], None)
+
+    yield Work(math.prod(array.shape) * DTYPES[source].itemsize, pieces)
+
+
+def _write(names: tuple[str, ...], rows: Iterator[np.ndarray], shards: Shards) -> int:
+    """Writes a tensor, and its copies, as its rows come; returns how many bytes had to be written."""
+    offset, written = 0, 0
+    for values in rows:
+        data = values.view(np.uint8)
+        written += sum(shards.put(name, offset, data) for name in names)
+        offset += data.nbytes
+    return written
+
+
+def _entries(arrays: dict[str, Array], dtypes: dict[str, str], repeated: dict[str, list[str]]) -> Iterator[Entry]:
+    for path, array in arrays.items():
+        for place in array.places:
+            for name in (place.name, *repeated.get(place.name, ())):
+                yield Entry(name, dtypes[path], array.their_shape)
+            if dtypes[path] == FP8:
+                yield Entry(place.name + SCALE, "F32", blocks.scale_shape(array.their_shape))

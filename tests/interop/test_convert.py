@@ -1,0 +1,485 @@
+"""Conversion in both directions: every byte comes back, what is wrong is named, and nothing is left half written."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from research import command, config, convert
+from research.errors import RequestError, RunError
+from research.interop import blocks, destination, shards, transfer
+from research.interop.exporter import export_workdir
+from research.interop.huggingface import read_settings
+from research.interop.importer import import_folder
+from research.interop.names import SCALE
+from research.interop.release import config_json
+from research.interop.tensors import FP8, INDEX, list_tensors
+from research.interop.variables import read_variables
+from research.interop.weights import initial_variables, read_weights
+from research.model.build import make_model
+from research.score import logits
+from research.training.checkpoint import Checkpoints, damage
+from research.tree import paths
+from tests.interop.test_huggingface import FOLDERS, GOLDEN, copy, in_their_names, random_model, weights, write
+from tests.interop.test_score import workdir
+
+FP8_FOLDER, MTP = GOLDEN / "deepseek_v3_tiny_fp8", GOLDEN / "deepseek_v3_tiny_mtp"
+STEP = Path("checkpoints/0")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """made(name): a golden folder's workdir, and what became of that again; each is converted once."""
+    base = tmp_path_factory.mktemp("made")
+
+    @cache
+    def make(name):
+        import_folder(GOLDEN / name, base / name, None, None)
+        export_workdir(base / name, base / f"{name}_again", None, None)
+        return base / name, base / f"{name}_again"
+
+    return make
+
+
+def stored(folder):
+    """{name: (dtype, shape, bytes)}."""
+    return {name: (tensor.dtype, tensor.shape, tensor.read().tobytes())
+            for name, tensor in list_tensors(folder).items()}
+
+
+# Every byte
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_there_and_back_every_tensor_has_the_same_bytes(name, made):
+    ours, again = made(name)
+    assert stored(again) == stored(GOLDEN / name)
+    assert read_settings(again) == read_settings(GOLDEN / name) == config.read(ours)
+    assert not damage(ours / STEP)
+
+
+def test_weights_of_a_workdir_are_those_of_its_folder(made):
+    for name in ("deepseek_v3_tiny_fp8", "qwen2_tiny"):
+        found, expected = paths(read_weights(made(name)[0])[1]), paths(read_variables(GOLDEN / name, read_settings(
+            GOLDEN / name)))
+        assert found.keys() == expected.keys()
+        for path, values in expected.items():
+            assert found[path].dtype == np.float32
+            np.testing.assert_array_equal(found[path], values, err_msg=path)
+
+
+def test_golden_logits_of_a_workdir_in_fp8_notice_each_bug(made):
+    """1e-4 is far below what a concat the wrong way round, a skipped layer or another expert's scale do."""
+    settings, variables = read_weights(made("deepseek_v3_tiny_fp8")[0])
+    golden = np.load(FP8_FOLDER / "golden.npz")
+
+    def error(change=lambda params: None):
+        params = jax.tree.map(np.array, variables["params"])
+        change(params)
+        found = logits(settings, variables | {"params": params}, golden["input_ids"])
+        return [float(np.abs(found[name][..., :golden[name].shape[1], :] - golden[name]).max())
+                for name in ("logits", "mtp_logits")]
+
+    def swap(params):
+        kernel = params["mtp_1"]["eh_proj"]["kernel"]
+        kernel[:] = np.roll(kernel, kernel.shape[0] // 2, axis=0)
+
+    def skip(params):
+        for leaf in jax.tree.leaves(params["layers"]):
+            leaf[1] = leaf[0]
+
+    def exchange(params):
+        experts = params["layers"]["mlp"]["up_proj"]
+        experts[0] *= np.linspace(0.9, 1.1, experts.shape[1], dtype=np.float32)[:, None, None]
+
+    assert max(error()) < 1e-4
+    assert error(swap)[0] < 1e-4 < error(swap)[1]
+    assert min(error(skip)) > 1e-3 and min(error(exchange)) > 1e-3
+
+
+def test_orbax_restores_it_as_any_checkpoint(made):
+    state = made("deepseek_v3_tiny_fp8")[0] / STEP / "state"
+    with ocp.PyTreeCheckpointer() as plain:
+        tree = plain.restore(state)
+    tensors = list_tensors(FP8_FOLDER)
+    name = "model.layers.2.mlp.experts.5.gate_proj.weight"
+    values, scales = (tree[group]["layers"]["mlp"]["gate_proj"][1, 5] for group in ("params", "scales"))
+    np.testing.assert_array_equal(np.asarray(values).view(np.uint8), tensors[name].read().T.view(np.uint8))
+    np.testing.assert_array_equal(scales, tensors[name + SCALE].read().T)
+
+
+def test_shards_of_bounded_size_in_the_order_of_layers(tmp_path, monkeypatch):
+    """Two dense layers, two multi-token modules, 16 bits: what no golden folder has."""
+    settings, variables, raw = random_model()
+    tensors = {name: value.astype(ml_dtypes.bfloat16) for name, value in in_their_names(variables, settings).items()}
+    tensors |= {name: value.astype(np.float32) for name, value in tensors.items() if name.endswith("bias")}
+    source = write(tmp_path / "source", tensors, raw, shards=3)
+    monkeypatch.setattr(shards.lay_out, "__defaults__", (40_000,))
+    import_folder(source, tmp_path / "ours", None, None)
+    export_workdir(tmp_path / "ours", tmp_path / "again", None, None)
+    assert stored(tmp_path / "again") == stored(source)
+    files = sorted((tmp_path / "again").glob("*.safetensors"))
+    assert len(files) > 5 and all(file.stat().st_size < 60_000 for file in files)
+    where = json.loads((tmp_path / "again" / INDEX).read_text())["weight_map"]
+    layers = [[int(found[1]) for name in where if where[name] == file.name
+               and (found := re.match(r"model\.layers\.(\d+)\.", name))] for file in files]
+    layers = [numbers for numbers in layers if numbers]
+    assert all(max(one) <= min(other) for one, other in zip(layers, layers[1:], strict=False))
+    for tensor in list_tensors(tmp_path / "again").values():
+        assert tensor.begin % 4 == 0 or tensor.dtype != "F32"
+
+
+def test_a_run_of_ours_becomes_a_release(tmp_path):
+    """Orbax stores its arrays whole; files beside them come along."""
+    settings, variables, _ = random_model()
+    run = workdir(tmp_path / "run")
+    (run / "generation_config.json").write_text("{}")
+    export_workdir(run, tmp_path / "again", None, None)
+    expected = in_their_names(variables, settings)
+    found = list_tensors(tmp_path / "again")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name].read(), value, err_msg=name)
+    assert read_settings(tmp_path / "again").model == settings.model
+    assert (tmp_path / "again" / "generation_config.json").read_text() == "{}"
+
+
+# --quantize and --dtype
+
+
+def test_dequantising_and_quantising_are_inverse(made, tmp_path):
+    """The multi-token folder holds what the FP8 folder's blocks mean, in float32."""
+    wide, narrow = stored(MTP), stored(FP8_FOLDER)
+    ours = made("deepseek_v3_tiny_fp8")[0]
+    import_folder(FP8_FOLDER, tmp_path / "inward", "none", "float32")
+    export_workdir(tmp_path / "inward", tmp_path / "a", None, None)
+    export_workdir(ours, tmp_path / "b", "none", "float32")
+    assert stored(tmp_path / "a") == stored(tmp_path / "b") == wide
+    assert "quantization_config" not in json.loads((tmp_path / "b" / "config.json").read_text())
+    import_folder(MTP, tmp_path / "quantised", "fp8_blocks", "bfloat16")
+    export_workdir(tmp_path / "quantised", tmp_path / "c", None, None)
+    export_workdir(made("deepseek_v3_tiny_mtp")[0], tmp_path / "d", "fp8_blocks", "bfloat16")
+    assert stored(tmp_path / "c") == stored(tmp_path / "d") == narrow
+    assert json.loads((tmp_path / "c" / "config.json").read_text())["quantization_config"] == blocks.QUANTIZATION
+
+
+def test_what_is_untouched_and_what_is_cast(made, tmp_path):
+    """Without --dtype what is dequantised is float32; FP8 tensors and biases keep their bytes under --dtype."""
+    ours = made("deepseek_v3_tiny_fp8")[0]
+    export_workdir(ours, tmp_path / "wide", "none", None)
+    export_workdir(ours, tmp_path / "cast", "fp8_blocks", "float32")
+    export_workdir(made("deepseek_v3_tiny_mtp")[0], tmp_path / "half", None, "bfloat16")
+    original = stored(FP8_FOLDER)
+    for name, (dtype, _, data) in stored(tmp_path / "wide").items():
+        assert dtype == ("F32" if original[name][0] == FP8 else original[name][0])
+        assert original[name][0] == FP8 or data == original[name][2]
+    for name, (dtype, _, data) in stored(tmp_path / "cast").items():
+        assert dtype == (FP8 if original[name][0] == FP8 else "F32")
+        assert original[name][0] == "BF16" or data == original[name][2]
+    for name, (dtype, _, data) in stored(tmp_path / "half").items():
+        value = list_tensors(MTP)[name].read()
+        kept = name.endswith("e_score_correction_bias")
+        assert dtype == ("F32" if kept else "BF16")
+        assert data == (value if kept else value.astype(ml_dtypes.bfloat16)).tobytes()
+
+
+def test_blocks_in_pieces_of_rows_are_blocks_at_once(tmp_path, monkeypatch):
+    """Several blocks in both directions, unequal in number, and a tensor that is read in pieces: scales stay put."""
+    raw = json.loads((GOLDEN / "llama3_tiny" / "config.json").read_text()) | {
+        "hidden_size": 200, "intermediate_size": 300, "head_dim": 50, "num_hidden_layers": 1}
+    random, shapes = np.random.default_rng(0), {
+        "self_attn.q_proj": (200, 200), "self_attn.k_proj": (100, 200), "self_attn.v_proj": (100, 200),
+        "self_attn.o_proj": (200, 200), "mlp.gate_proj": (300, 200), "mlp.up_proj": (300, 200),
+        "mlp.down_proj": (200, 300)}
+    tensors = {f"model.layers.0.{name}.weight": random.normal(size=shape).astype(np.float32)
+               * np.repeat(2.0 ** np.arange(-3, 0), 100)[:shape[0], None].astype(np.float32)
+               for name, shape in shapes.items()}
+    tensors |= {f"model.layers.0.{name}_layernorm.weight": np.ones(200, np.float32)
+                for name in ("input", "post_attention")} | {"model.norm.weight": np.ones(200, np.float32)}
+    tensors |= {name: random.normal(size=(384, 200)).astype(np.float32)
+                for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    source = write(tmp_path / "source", tensors, raw)
+    monkeypatch.setattr(transfer, "AT_ONCE", 1)
+    import_folder(source, tmp_path / "ours", "fp8_blocks", None)
+    export_workdir(tmp_path / "ours", tmp_path / "narrow", None, None)
+    export_workdir(tmp_path / "ours", tmp_path / "wide", "none", None)
+    narrow, wide = list_tensors(tmp_path / "narrow"), list_tensors(tmp_path / "wide")
+    _, variables = read_weights(tmp_path / "ours")
+    for name in shapes:
+        name = f"model.layers.0.{name}.weight"
+        values, scales = blocks.quantize(tensors[name])
+        assert narrow[name].read().tobytes() == values.tobytes()
+        np.testing.assert_array_equal(narrow[name + SCALE].read(), scales)
+        np.testing.assert_array_equal(wide[name].read(), blocks.dequantize(values, scales))
+    np.testing.assert_array_equal(variables["params"]["dense_layers"]["mlp"]["down_proj"]["kernel"][0],
+                                  wide["model.layers.0.mlp.down_proj.weight"].read().T)
+
+
+# Wrong requests
+
+
+def refused(expected, function, *arguments, remains=()):
+    """The error's one line; nothing new but `remains` stands where it was to be written."""
+    before = {path.name for path in arguments[1].parent.iterdir()} if arguments[1].parent.exists() else set()
+    with pytest.raises(RequestError) as caught:
+        function(*arguments)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+    assert {path.name for path in arguments[1].parent.iterdir()} - before == set(remains)
+
+
+def test_a_nan_is_named_and_nothing_remains(made, tmp_path):
+    tensors, names = weights("qwen2_tiny"), ("model.layers.0.mlp.up_proj.weight", "model.norm.weight")
+    for name in names:
+        tensors[name] = tensors[name].copy()
+        tensors[name].flat[7] = np.nan
+    refused(f"2 not finite (NaN or infinite values): {', '.join(names)}", import_folder,
+            copy("qwen2_tiny", tmp_path / "a", tensors=tensors), tmp_path / "b", None, None)
+    folder = tmp_path / "ours"
+    shutil.copytree(made("qwen2_tiny")[0], folder)
+    chunk = folder / STEP / "state" / "params.norm.scale" / "0"
+    chunk.write_bytes(b"\xff" * chunk.stat().st_size)
+    refused("holds no intact checkpoint", export_workdir, folder, tmp_path / "b", None, None)
+
+
+def test_a_stack_of_two_dtypes_is_named(tmp_path):
+    name, tensors = "model.layers.1.mlp.experts.3.up_proj.weight", weights("deepseek_v3_tiny")
+    tensors[name] = tensors[name].astype(ml_dtypes.bfloat16)
+    folder = copy("deepseek_v3_tiny", tmp_path / "a", tensors=tensors)
+    refused(f"{name} is BF16 among F32", import_folder, folder, tmp_path / "b", None, None)
+    import_folder(folder, tmp_path / "b", None, "float32")
+
+
+def test_a_copy_that_differs(tmp_path):
+    name, tensors = "model.layers.3.shared_head.head.weight", weights("deepseek_v3_tiny_mtp")
+    tensors[name] = tensors[name] * 2
+    refused(f"{name} (a copy of lm_head.weight)", import_folder,
+            copy("deepseek_v3_tiny_mtp", tmp_path / "a", tensors=tensors), tmp_path / "b", None, None)
+
+
+@pytest.mark.parametrize("damaged, expected", [
+    (lambda folder: (folder / "model-00002-of-00002.safetensors").unlink(), "00002.safetensors does not exist"),
+    (lambda folder: os.truncate(folder / "model-00002-of-00002.safetensors", 99_999), "it is truncated"),
+    (lambda folder: os.truncate(folder / "model-00001-of-00002.safetensors", 99), "its header says it has"),
+    (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
+])
+def test_a_damaged_folder(damaged, expected, tmp_path):
+    folder = Path(shutil.copytree(FP8_FOLDER, tmp_path / "a"))
+    damaged(folder)
+    refused(expected, import_folder, folder, tmp_path / "b", None, None)
+
+
+def test_destinations_that_are_not_written(made, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "file").write_text("")
+    for name in ("there", "link"):
+        refused("exists already", import_folder, GOLDEN / "qwen2_tiny", tmp_path / name, None, None)
+    with pytest.raises(RequestError, match="cannot be written: Not a directory"):
+        import_folder(GOLDEN / "qwen2_tiny", tmp_path / "file" / "b", None, None)
+    with destination.built(tmp_path / "b", {}):
+        ours = made("qwen2_tiny")[0]
+        refused("is being written by another process", export_workdir, ours, tmp_path / "b", None, None)
+
+
+def without(settings, group, **fields):
+    values = json.loads(settings.to_json())
+    values[group] |= fields
+    return config.check(values)
+
+
+@pytest.mark.parametrize("name, group, fields, expected", [
+    ("deepseek_v3_tiny_fp8", "model", {"scoring_func": "softmax"}, "config.model.topk_method='noaux_tc' has no"),
+    ("deepseek_v3_tiny_fp8", "model", {"bias_form": "multiplicative"}, "config.model.bias_form='multiplicative'"),
+    ("deepseek_v3_tiny_fp8", "mtp", {"hidden": "before_norm"}, "config.mtp.hidden='before_norm' must be 'after_norm'"),
+    ("deepseek_v3_tiny_fp8", "model", {"n_routed_experts": 0}, "config.model.n_routed_experts=0 has no released"),
+    ("deepseek_v2_tiny", "mtp", {"num_nextn_predict_layers": 1}, "config.mtp.num_nextn_predict_layers=1 must be 0"),
+    ("deepseek_v2_tiny", "model", {"norm_topk_prob": True}, "norm_topk_prob"),
+    ("qwen2_tiny", "model", {"n_routed_experts": 4}, "config.model.n_routed_experts=4 has no released counterpart"),
+])
+def test_a_model_that_nobody_released(name, group, fields, expected):
+    settings = without(read_settings(GOLDEN / name), group, **fields)
+    with pytest.raises(RequestError) as caught:
+        config_json(settings, "F32", False, None, None)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_config_json_has_the_keys_of_the_release(name):
+    settings = read_settings(GOLDEN / name)
+    theirs = json.loads((GOLDEN / name / "config.json").read_text())
+    ours = config_json(settings, "BF16", "quantization_config" in theirs, 0, 1)
+    for key in ours.keys() & theirs.keys() - {"rope_scaling", "torch_dtype", "bos_token_id", "eos_token_id"}:
+        if key != "num_nextn_predict_layers" or name != "deepseek_v3_tiny":  # it announces what it does not hold
+            assert ours[key] == theirs[key], key
+    assert ours["architectures"] == theirs["architectures"] and ours["torch_dtype"] == "bfloat16"
+
+
+def call(*words):
+    """Exit code of the command in this process."""
+    try:
+        return command.execute(convert.main, ["convert", *map(str, words)], convert.FLAGS)
+    finally:
+        convert.FLAGS.unparse_flags()
+        for name in convert.FLAGS:
+            convert.FLAGS[name].value, convert.FLAGS[name].present = convert.FLAGS[name].default, 0
+
+
+@pytest.mark.parametrize("words, expected", [
+    ((), "--source is required"), (("--source=x",), "--destination is required"),
+    (("--source=x", "--destination=y", "--quantize=fp8"), "--quantize='fp8' must be one of fp8_blocks, none"),
+    (("--source=x", "--destination=y", "--dtype=float16"), "--dtype='float16' must be one of bfloat16, float32"),
+    (("--source=x", "--destination=y", "--quantise=none"), "--quantise is not a flag (did you mean --quantize?)"),
+    (("--source={tmp}/x", "--destination={tmp}/y"), "x does not exist"),
+    (("--source={tmp}", "--destination={tmp}/y"), "holds neither checkpoints/ nor *.safetensors"),
+])
+def test_wrong_flags(words, expected, tmp_path, capsys):
+    assert call(*(word.format(tmp=tmp_path) for word in words)) == 2
+    said = capsys.readouterr().err
+    assert expected in said and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_says_what_it_moved(tmp_path, capsys):
+    assert call(f"--source={GOLDEN / 'qwen2_tiny'}", f"--destination={tmp_path / 'a' / 'b'}") == 0
+    assert re.fullmatch(r"26 tensors, 444,672 bytes read, 444,672 written in [\d.]+ s \(\d+ MB/s\); peak memory "
+                        r"[\d,]+ MiB\n", capsys.readouterr().out)
+    assert call(f"--source={tmp_path / 'a' / 'b'}", f"--destination={tmp_path / 'c'}") == 0
+    assert stored(tmp_path / "c") == stored(GOLDEN / "qwen2_tiny")
+
+
+# Interrupted
+
+
+def failing(monkeypatch, after):
+    """Makes the disk full after so many writes."""
+    real, left = os.pwrite, iter(range(after))
+
+    def pwrite(*arguments):
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+
+
+@pytest.mark.parametrize("direction", ("in", "out"))
+def test_a_full_disk_and_the_same_command_again(direction, made, tmp_path, monkeypatch):
+    ours, again = made("deepseek_v3_tiny_fp8")
+    function, source, whole = {"in": (import_folder, FP8_FOLDER, ours), "out": (export_workdir, ours, again)}[direction]
+    final, partial = tmp_path / "a", tmp_path / ".a.partial"
+    with monkeypatch.context() as patch:
+        failing(patch, 120)
+        with pytest.raises(RunError, match="No space left on device; what is written waits in .*partial: the same"):
+            function(source, final, None, None)
+    assert not final.exists() and partial.exists()
+    data = [path for path in partial.rglob("*") if path.is_file() and path.stat().st_size > 1500]
+    stands = {path: path.stat().st_mtime_ns for path in data}
+    with max(data, key=lambda path: path.stat().st_size).open("r+b") as file:  # the disk lost a byte
+        file.seek(-7, os.SEEK_END)
+        file.write(b"\xa5")
+    account = function(source, final, None, None)
+    assert 0 < account.written < account.read
+    if direction == "in":
+        same = [path for path in data if (final / path.relative_to(partial)).stat().st_mtime_ns == stands[path]]
+        assert len(same) >= len(data) - 3  # the damaged one, and the two that the full disk met
+    assert files(final) == files(whole)
+    assert not partial.exists() and not (final / ".lock").exists()
+
+
+def files(folder):
+    """{name: bytes}, but what names the place or differs with the time."""
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert not damage(folder / STEP) if (folder / STEP).exists() else True
+    return {name: data for name, data in found.items() if Path(name).parts[2:] not in (
+        ("record", "metadata"), ("manifest.json",))}
+
+
+def test_what_another_request_left_is_not_used(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        failing(patch, 60)
+        with pytest.raises(RunError):
+            import_folder(FP8_FOLDER, tmp_path / "a", None, None)
+    import_folder(FP8_FOLDER, tmp_path / "a", "none", "float32")
+    assert not list((tmp_path / "a" / STEP / "state").glob("scales*"))
+    assert not damage(tmp_path / "a" / STEP)
+
+
+SPARSE = """
+import sys
+from research import convert
+from research.interop.importer import import_folder
+from research.interop.exporter import export_workdir
+from pathlib import Path
+base = Path(sys.argv[1])
+import_folder(base / "source", base / "ours", None, None)
+export_workdir(base / "ours", base / "again", None, None)
+print(convert.peak_memory())
+"""
+
+
+def sparse_folder(folder):
+    """A folder of zeros that takes no place: 176 MiB of layers and a 64 MiB embedding, in 16 bits."""
+    raw = json.loads((GOLDEN / "qwen2_tiny" / "config.json").read_text()) | {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 32768,
+        "num_attention_heads": 16, "num_key_value_heads": 4}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({key: raw[key] for key in raw if key != "layer_types"}))
+    shapes = {"model.embed_tokens.weight": (32768, 1024), "model.norm.weight": (1024,)}
+    for layer in range(6):
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in {
+            "self_attn.q_proj.weight": (1024, 1024), "self_attn.q_proj.bias": (1024,),
+            "self_attn.k_proj.weight": (256, 1024), "self_attn.k_proj.bias": (256,),
+            "self_attn.v_proj.weight": (256, 1024), "self_attn.v_proj.bias": (256,),
+            "self_attn.o_proj.weight": (1024, 1024), "mlp.gate_proj.weight": (4096, 1024),
+            "mlp.up_proj.weight": (4096, 1024), "mlp.down_proj.weight": (1024, 4096),
+            "input_layernorm.weight": (1024,), "post_attention_layernorm.weight": (1024,)}.items()}
+    with shards.Shards(folder, shards.lay_out(shards.Entry(name, "BF16", shape) for name, shape in shapes.items())):
+        pass
+    for file in folder.glob("*.safetensors"):
+        size = json.loads((folder / INDEX).read_text())["metadata"]["total_size"]
+        os.truncate(file, file.stat().st_size + size)
+    return folder
+
+
+def test_memory_is_bounded_and_a_killed_conversion_leaves_no_destination(tmp_path):
+    sparse_folder(tmp_path / "source")
+    killed = subprocess.Popen([sys.executable, "-m", "research.convert", f"--source={tmp_path}/source",
+                               f"--destination={tmp_path}/killed"], cwd=GOLDEN.parents[1])
+    while not list(tmp_path.glob(".killed.partial/checkpoints/0/state/*/*")):
+        assert killed.poll() is None
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed").exists()
+    done = subprocess.run([sys.executable, "-c", SPARSE, str(tmp_path)], cwd=GOLDEN.parents[1], capture_output=True,
+                          text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stdout.splitlines()[-1])
+    assert peak < 380 * 2**20, f"{peak / 2**20:.0f} MiB"  # 250 of them the process itself
+    shutil.rmtree(tmp_path)
+
+
+# What reads the result
+
+
+def test_a_run_starts_from_a_converted_workdir_but_does_not_go_on_in_it(made):
+    ours = made("deepseek_v3_tiny_fp8")[0]
+    settings = without(config.read(ours), "checkpoint", initialize_from=str(ours))
+    started = paths(initial_variables(make_model(settings), settings))
+    for path, values in paths(read_weights(ours)[1]).items():
+        np.testing.assert_array_equal(started[path], values)
+    with pytest.raises(RequestError, match="weights alone: a run starts from them in a workdir of its own"):
+        Checkpoints(ours / "checkpoints", 1, 0).restore(0, {})

@@ -33,9 +33,9 @@ class Array(NamedTuple):
 @lru_cache(maxsize=4)  # tracing a model takes a second
 def arrays_of(settings) -> dict[str, Array]:
     """{path: Array} of the settings' model, from shapes alone."""
-    template = variable_shapes(make_model(settings), settings)
+    shapes = variable_shapes(make_model(settings), settings)
     return {path: Array(path, leaf.shape, tuple(places(path.split("/", 1)[1], leaf.shape, settings.model)))
-            for path, leaf in paths(template).items()}
+            for path, leaf in paths({name: shapes[name] for name in ("params", "routing")}).items()}
 
 
 def checked_tensors(folder: Path, settings, arrays: dict[str, Array]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -156,15 +156,14 @@ class Checkpoints:
         one, the sharding. Raises RequestError, before any array is read, when they are not those of the checkpoint.
         """
         path = self._intact(step)
-        saved = _metadata(path)
-        if "optimizer" not in saved:
+        record = json.loads((path / "record" / "metadata").read_text())
+        if "weights_of" in record:
             raise RequestError(f"{path} holds weights alone: a run starts from them in a workdir of its own, with "
                                "--config.checkpoint.initialize_from")
-        found = differences(saved, abstract_state)
+        found = differences(_metadata(path), abstract_state)
         if found:
             raise RequestError(f"{path} belongs to another model: {found}")
-        state = _read(path, abstract_state)
-        return state, json.loads((path / "record" / "metadata").read_text())
+        return _read(path, abstract_state), record
 
     def restore_weights(self, step: int) -> dict[str, Any]:
         """`params`, `routing` and, where they were saved, `ema` and `scales` of `step`, as they are stored.

@@ -1,5 +1,6 @@
 """A workdir of ours as a Hugging Face folder in the layout of the release."""
 
+import contextlib
 import json
 import math
 from collections import Counter
@@ -17,10 +18,11 @@ from research.interop.destination import built, put_file
 from research.interop.names import SCALE, Place, copies, in_blocks, scales_path
 from research.interop.release import config_json
 from research.interop.shards import Entry, Shards, lay_out
-from research.interop.tensors import DTYPES, FP8
+from research.interop.tensors import DTYPES, FP8, Tensor
 from research.interop.transfer import Account, Piece, Work, target, transfer
 from research.interop.variables import Array, arrays_of, refuse
-from research.training.checkpoint import Checkpoints
+from research.interop.weights import weights_alone
+from research.training.checkpoint import Checkpoints, damage, saved_tree, sealed
 from research.tree import paths
 
 
@@ -34,12 +36,8 @@ def export_workdir(source: Path, destination: Path, quantize: str | None, dtype:
     if settings.model.vocab_size is None:
         raise RequestError(f"{source / 'config.json'}: config.model.vocab_size=None must be a whole number")
     arrays = arrays_of(settings)
-    checkpoints = Checkpoints(source / "checkpoints", settings.checkpoint.keep_last, settings.checkpoint.keep_best)
-    step = checkpoints.newest_intact()
-    if step is None:
-        raise RequestError(f"{source / 'checkpoints'} holds no intact checkpoint")
-    state = source / "checkpoints" / str(step) / "state"
-    stored = _stored(source, checkpoints.metadata(step), arrays)
+    folder, digests = _checkpoint(source, settings)
+    stored = _stored(source, saved_tree(folder), arrays)
     dtypes = {path: target(stored[path], path, quantize, dtype) for path in arrays}
     tokenizer = Tokenizer.load(source) if (source / "tokenizer.json").is_file() else None
     common = Counter(dtypes[path] for path in arrays if dtypes[path] != FP8).most_common(1)[0][0]
@@ -48,17 +46,38 @@ def export_workdir(source: Path, destination: Path, quantize: str | None, dtype:
     repeated = {}
     for copy, original in copies(settings).items():
         repeated.setdefault(original, []).append(copy)
-    request = {"source": str(source.absolute()), "step": step, "quantize": quantize, "dtype": dtype}
+    request = {"source": str(source.absolute()), "step": int(folder.name), "quantize": quantize, "dtype": dtype}
     entries = list(_entries(arrays, dtypes, repeated))
-    with built(destination, request) as folder, Shards(folder, lay_out(entries)) as shards:
-        works = [work for array in arrays.values()
-                 for work in _works(state, array, stored[array.path], dtypes[array.path], repeated, shards)]
+    damaged: list[str] = []
+    with built(destination, request) as written, Shards(written, lay_out(entries)) as shards:
+        works = [work for path, array in arrays.items()
+                 for work in _works(folder, array, stored[path], dtypes[path], repeated, shards, digests, damaged)]
         account = transfer(works, sum(work.nbytes for work in works))
         account.tensors = len(entries)
+        if damaged:
+            raise RequestError(f"{folder} is damaged: {', '.join(sorted(damaged))} changed after it was sealed")
         refuse(source, {"not finite (NaN or infinite values)": sorted(account.infinite)})
-        put_file(folder / "config.json", (json.dumps(raw, indent=2) + "\n").encode())
-        carry(source, folder)
+        put_file(written / "config.json", (json.dumps(raw, indent=2) + "\n").encode())
+        carry(source, written)
     return account
+
+
+def _checkpoint(source: Path, settings) -> tuple[Path, dict[str, str]]:
+    """The newest intact checkpoint; of one that a conversion wrote {name: digest} of chunks to be checked when read."""
+    directory = source / "checkpoints"
+    if weights_alone(source):
+        folder = directory / "0"
+        chunks = {}
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # which `damage` reports
+            chunks = {name: digest for name, (_, digest) in sealed(folder).items()
+                      if name.startswith("state/") and not name.endswith((".zarray", "_METADATA"))}
+        if wrong := damage(folder, unread=chunks):
+            raise RequestError(f"{folder} is damaged: {wrong}")
+        return folder, chunks
+    step = Checkpoints(directory, settings.checkpoint.keep_last, settings.checkpoint.keep_best).newest_intact()
+    if step is None:
+        raise RequestError(f"{directory} holds no intact checkpoint")
+    return directory / str(step), {}
 
 
 def _stored(source: Path, saved: dict, arrays: dict[str, Array]) -> dict[str, str]:
@@ -82,10 +101,10 @@ def _stored(source: Path, saved: dict, arrays: dict[str, Array]) -> dict[str, st
     return {path: next(word for word, known in DTYPES.items() if known == dtype) for path, dtype in dtypes.items()}
 
 
-def _works(state: Path, array: Array, source: str, to: str, repeated: dict[str, list[str]],
-           shards: Shards) -> Iterator[Work]:
+def _works(folder: Path, array: Array, source: str, to: str, repeated: dict[str, list[str]], shards: Shards,
+           digests: dict[str, str], damaged: list[str]) -> Iterator[Work]:
     """One for each tensor where a conversion has stored the array, one for all of it where a run has."""
-    stored, scales = storage.stored(array, source)
+    state, ways = folder / "state", storage.stored(array, source)
 
     def piece(place: Place, read, read_scales) -> Piece:
         names = (place.name, *repeated.get(place.name, ()))
@@ -93,11 +112,14 @@ def _works(state: Path, array: Array, source: str, to: str, repeated: dict[str, 
                      lambda rows: _write(names, rows, shards),
                      lambda made: _write((place.name + SCALE,), iter((made,)), shards))
 
-    if stored.stands(state):
+    def sealed_reads(tensor: Tensor):
+        return storage.Sealed(tensor, digests[tensor.path.relative_to(folder).as_posix()], damaged).read
+
+    if digests:
         for place in array.places:
-            tensor, scale = (way and way.tensor(state, place.index) for way in (stored, scales))
-            made = piece(place, tensor.read, scale and scale.read)
-            yield Work(tensor.nbytes + (scale.nbytes if scale else 0), lambda made=made: (made,))
+            tensors = [way.tensor(state, place.index) for way in ways if way]
+            made = piece(place, *map(sealed_reads, tensors), *[None] * (2 - len(tensors)))
+            yield Work(sum(tensor.nbytes for tensor in tensors), lambda made=made: (made,))
         return
 
     def pieces() -> Iterator[Piece]:

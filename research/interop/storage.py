@@ -7,9 +7,12 @@ Weights in FP8 blocks stay E4M3 under `params`; their scales are float32 under `
 for each 128x128 block of (in, out).
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from research.interop import blocks
 from research.interop.names import scales_path
@@ -21,7 +24,7 @@ DICT_KEY = 2  # Orbax's key_type
 
 
 class Stored(NamedTuple):
-    """An array of the state: where it stands in the tree, and how many of its first axes have a chunk an index."""
+    """An array of the state: its path in the tree, and how many of its first axes have a chunk for each index."""
 
     path: str
     shape: tuple[int, ...]
@@ -46,11 +49,6 @@ class Stored(NamedTuple):
         name = ".".join(map(str, (*index, *[0] * len(shape))))
         return Tensor(state / self.folder / name, 0, self.dtype, shape[::-1] if self.transposed else shape)
 
-    def stands(self, state: Path) -> bool:
-        """Whether a checkpoint holds it in this way."""
-        file = state / self.folder / ".zarray"
-        return file.is_file() and file.read_bytes() == self.declaration()
-
 
 def stored(array: Array, dtype: str) -> tuple[Stored, Stored | None]:
     """How an array is stored, and its scales where the dtype is FP8."""
@@ -71,6 +69,21 @@ def metadata(paths: list[str]) -> bytes:
     } for keys in [*leaves, *empty]}
     return json.dumps({"tree_metadata": tree, "use_ocdbt": False, "use_zarr3": False,
                        "store_array_data_equal_to_fill_value": True, "custom_metadata": None}).encode()
+
+
+class Sealed:
+    """A chunk that is read once, in order; where it is not as it was sealed, its path comes to stand in `damaged`."""
+
+    def __init__(self, tensor: Tensor, digest: str, damaged: list[str]):
+        self._tensor, self._digest, self._damaged, self._read = tensor, digest, damaged, hashlib.sha256()
+
+    def read(self, first: int = 0, end: int | None = None) -> np.ndarray:
+        """Rows `first` to `end`."""
+        values = self._tensor.read(first, end)
+        self._read.update(values.view(np.uint8))
+        if end in (None, self._tensor.shape[0]) and self._read.hexdigest() != self._digest:
+            self._damaged.append(str(self._tensor.path))
+        return values
 
 
 def open_array(state: Path, path: str) -> Any:

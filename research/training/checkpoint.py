@@ -21,7 +21,7 @@ import logging as python_logging
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -53,27 +53,35 @@ def seal(folder: Path, known: dict[str, str] | None = None) -> None:
         _sync(directory)
 
 
-def damage(folder: Path) -> str:
-    """The first thing that is wrong with a sealed folder, file first; empty when every byte is as it was sealed."""
+def sealed(folder: Path) -> dict[str, tuple[int, str]]:
+    """{name: (size, SHA-256)} of a sealed folder's manifest."""
+    files = json.loads((folder / MANIFEST).read_bytes())["files"]
+    return {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+
+
+def damage(folder: Path, unread: Container[str] = ()) -> str:
+    """The first thing that is wrong with a sealed folder, file first; empty when every byte is as it was sealed.
+
+    unread: names of files whose content the caller compares with its digest as it reads them.
+    """
     try:
-        files = json.loads((folder / MANIFEST).read_bytes())["files"]
-        sealed = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+        expected = sealed(folder)
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
     found = files_of(folder)
-    for name in sealed:
+    for name in expected:
         if name not in found:
             return f"{name} is missing"
     for name in found:
-        if name not in sealed:
+        if name not in expected:
             return f"{name} is not in {MANIFEST}"
-    for name, (size, digest) in sealed.items():
+    for name, (size, digest) in expected.items():
         try:
             if found[name].stat().st_size != size:
                 return f"{name} has {found[name].stat().st_size} bytes instead of {size}"
-            if _digest(found[name]) != digest:
+            if name not in unread and _digest(found[name]) != digest:
                 return f"{name} has changed: its SHA-256 is not the one in {MANIFEST}"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
@@ -160,7 +168,7 @@ class Checkpoints:
         if "weights_of" in record:
             raise RequestError(f"{path} holds weights alone: a run starts from them in a workdir of its own, with "
                                "--config.checkpoint.initialize_from")
-        found = differences(_metadata(path), abstract_state)
+        found = differences(saved_tree(path), abstract_state)
         if found:
             raise RequestError(f"{path} belongs to another model: {found}")
         return _read(path, abstract_state), record
@@ -171,12 +179,8 @@ class Checkpoints:
         Without knowledge of model or optimiser. `scales`: of weights in FP8 blocks, see research/interop/storage.py.
         """
         path = self._intact(step)
-        saved, names = _metadata(path), ("params", "routing", "ema", "scales")
+        saved, names = saved_tree(path), ("params", "routing", "ema", "scales")
         return _read(path, {name: saved[name] for name in names if saved.get(name) is not None})
-
-    def metadata(self, step: int) -> dict[str, Any]:
-        """The tree that was saved at `step`, with a shape and a dtype at each leaf."""
-        return _metadata(self._intact(step))
 
     def list(self) -> Sequence[int]:
         """The steps on disk, ascending, damaged ones included."""
@@ -297,8 +301,8 @@ def _sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def _metadata(path: Path) -> dict[str, Any]:
-    """The saved state as a tree of dicts and lists with a shape and a dtype at each leaf."""
+def saved_tree(path: Path) -> dict[str, Any]:
+    """The state saved in a step's folder as a tree of dicts and lists with a shape and a dtype at each leaf."""
     return ocp.PyTreeCheckpointHandler().metadata(epath.Path(path / "state")).tree
 
 

@@ -251,7 +251,11 @@ def test_a_nan_is_named_and_nothing_remains(made, tmp_path):
     shutil.copytree(made("qwen2_tiny")[0], folder)
     chunk = folder / STEP / "state" / "params.norm.scale" / "0"
     chunk.write_bytes(b"\xff" * chunk.stat().st_size)
-    refused("holds no intact checkpoint", export_workdir, folder, tmp_path / "b", None, None)
+    refused(f"is damaged: {chunk} changed after it was sealed", export_workdir, folder, tmp_path / "b", None, None)
+    (folder / STEP / "state" / "params.norm.scale" / ".zarray").unlink()
+    refused("is damaged: state/params.norm.scale/.zarray is mis", export_workdir, folder, tmp_path / "b", None, None)
+    (folder / STEP / "manifest.json").write_text("{}")
+    refused("is damaged: manifest.json cannot be read", export_workdir, folder, tmp_path / "b", None, None)
 
 
 def test_a_stack_of_two_dtypes_is_named(tmp_path):

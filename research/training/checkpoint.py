@@ -102,8 +102,7 @@ class Checkpoints:
         self._saving: int | None = None  # the step that the background thread is at
         self._damage: dict[int, str] = {}  # by step checked: what is wrong, empty for nothing
         self._named: set[int] = set()
-        for logger in ("absl", "asyncio"):
-            python_logging.getLogger(logger).addFilter(_without_orbax)
+        _quiet()
 
     def save(self, step: int, state: Any, record: dict[str, Any], loss: float | None = None) -> None:
         """Starts to save `state` (a pytree of arrays) with `record` (JSON); returns before they are on disk.
@@ -303,6 +302,7 @@ def _sync(path: str | Path) -> None:
 
 def saved_tree(path: Path) -> dict[str, Any]:
     """The state saved in a step's folder as a tree of dicts and lists with a shape and a dtype at each leaf."""
+    _quiet()
     return ocp.PyTreeCheckpointHandler().metadata(epath.Path(path / "state")).tree
 
 
@@ -353,6 +353,11 @@ def _reason(error: BaseException) -> str:
         if known in str(error):
             return known
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _quiet() -> None:
+    for logger in ("absl", "asyncio"):
+        python_logging.getLogger(logger).addFilter(_without_orbax)
 
 
 def _without_orbax(record: python_logging.LogRecord) -> bool:

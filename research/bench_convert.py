@@ -22,10 +22,10 @@ from tqdm import tqdm
 from research import command, config, experiment
 from research.bench_context import SHAPES
 from research.errors import RequestError, RunError
-from research.interop import blocks
-from research.interop.names import SCALE, in_blocks
+from research.interop.names import repeats
+from research.interop.plan import released
 from research.interop.release import config_json
-from research.interop.shards import Entry, Shards, lay_out
+from research.interop.shards import Shards, entries_of, lay_out
 from research.interop.tensors import DTYPES, FP8
 from research.interop.transfer import row_blocks
 from research.interop.variables import arrays_of
@@ -100,13 +100,8 @@ def write_source(folder: Path, shape: str) -> None:
     codes[codes & 0x7F == 0x7F] = 0  # NaN
     floats = random.normal(size=POOL_BYTES // 4).astype(np.float32) * np.float32(0.02)
     pools = {FP8: codes.view(DTYPES[FP8]), "F32": np.abs(floats), "BF16": floats.astype(DTYPES["BF16"])}
-    entries = []
-    for path, array in arrays_of(settings).items():
-        for place in array.places:
-            entries.append(Entry(place.name, FP8 if in_blocks(path) else "F32" if path.startswith("routing/")
-                                 else "BF16", array.their_shape))
-            if in_blocks(path):
-                entries.append(Entry(place.name + SCALE, "F32", blocks.scale_shape(array.their_shape)))
+    arrays = arrays_of(settings)
+    entries = list(entries_of(arrays, released(arrays), repeats(settings)))
     folder.mkdir()
     raw = config_json(settings, "BF16", True, None, None)
     (folder / "config.json").write_text(json.dumps(raw, indent=2))

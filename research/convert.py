@@ -23,11 +23,13 @@ _QUANTIZE = flags.DEFINE_string(
 _DTYPE = flags.DEFINE_string(
     "dtype", None, "bfloat16 or float32: of every float tensor that is not in FP8 blocks; routing biases and scales "
     "stay as they are.", FLAGS)
+_PLAN = flags.DEFINE_bool(
+    "plan", False, "Write nothing: print what a conversion moves, --source being an experiment FILE.py.", FLAGS)
 CHOICES = {"quantize": ("fp8_blocks", "none"), "dtype": ("bfloat16", "float32")}
 
 
 def main() -> None:
-    for flag in (_SOURCE, _DESTINATION):
+    for flag in (_SOURCE, *(() if _PLAN.value else (_DESTINATION,))):
         if not flag.value:
             raise RequestError(f"--{flag.name} is required")
     for flag in (_QUANTIZE, _DTYPE):
@@ -35,6 +37,12 @@ def main() -> None:
         if flag.value is not None and flag.value not in known:
             raise RequestError(f"--{flag.name}={flag.value!r} must be one of {', '.join(known)}"
                                f"{nearest(flag.value, known)}")
+    if _PLAN.value:
+        with command.stops_held():
+            from research.interop.plan import plan
+
+        print(plan(Path(_SOURCE.value), _QUANTIZE.value, _DTYPE.value))
+        return
     source, destination = (Path(flag.value).expanduser() for flag in (_SOURCE, _DESTINATION))
     with command.stops_held():  # after the checks: JAX takes a second to import
         from research.interop.exporter import export_workdir

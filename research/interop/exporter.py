@@ -15,9 +15,9 @@ from research.errors import RequestError
 from research.interop import blocks, storage
 from research.interop.carried import carry
 from research.interop.destination import built, put_file
-from research.interop.names import SCALE, Place, copies, in_blocks, scales_path
+from research.interop.names import SCALE, Place, in_blocks, repeats, scales_path
 from research.interop.release import config_json
-from research.interop.shards import Entry, Shards, lay_out
+from research.interop.shards import Shards, entries_of, lay_out
 from research.interop.tensors import DTYPES, FP8, Tensor
 from research.interop.transfer import Account, Piece, Work, target, transfer
 from research.interop.variables import Array, arrays_of, refuse
@@ -43,11 +43,9 @@ def export_workdir(source: Path, destination: Path, quantize: str | None, dtype:
     common = Counter(dtypes[path] for path in arrays if dtypes[path] != FP8).most_common(1)[0][0]
     raw = config_json(settings, common, FP8 in dtypes.values(), tokenizer and tokenizer.bos_id,
                       tokenizer and tokenizer.eos_id)
-    repeated = {}
-    for copy, original in copies(settings).items():
-        repeated.setdefault(original, []).append(copy)
+    repeated = repeats(settings)
     request = {"source": str(source.absolute()), "step": int(folder.name), "quantize": quantize, "dtype": dtype}
-    entries = list(_entries(arrays, dtypes, repeated))
+    entries = list(entries_of(arrays, dtypes, repeated))
     damaged: list[str] = []
     with built(destination, request) as written, Shards(written, lay_out(entries)) as shards:
         works = [work for path, array in arrays.items()
@@ -139,12 +137,3 @@ def _write(names: tuple[str, ...], rows: Iterator[np.ndarray], shards: Shards) -
         written += sum(shards.put(name, offset, data) for name in names)
         offset += data.nbytes
     return written
-
-
-def _entries(arrays: dict[str, Array], dtypes: dict[str, str], repeated: dict[str, list[str]]) -> Iterator[Entry]:
-    for path, array in arrays.items():
-        for place in array.places:
-            for name in (place.name, *repeated.get(place.name, ())):
-                yield Entry(name, dtypes[path], array.their_shape)
-            if dtypes[path] == FP8:
-                yield Entry(place.name + SCALE, "F32", blocks.scale_shape(array.their_shape))

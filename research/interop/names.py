@@ -74,6 +74,14 @@ def mtp_layer(depth: int, config) -> int:
     return config.num_hidden_layers + depth - 1
 
 
+def repeats(settings) -> dict[str, list[str]]:
+    """{original: its copies}; see `copies`."""
+    table: dict[str, list[str]] = {}
+    for copy, original in copies(settings).items():
+        table.setdefault(original, []).append(copy)
+    return table
+
+
 def copies(settings) -> dict[str, str]:
     """{copy: original} of the tensors that repeat another one, as the release's multi-token layers do."""
     head = TOP["embed_tokens" if settings.model.tie_word_embeddings else "lm_head"]

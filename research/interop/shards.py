@@ -2,12 +2,15 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from research.interop import blocks
 from research.interop.destination import Writer, put_file
-from research.interop.tensors import INDEX, ITEM_BYTES
+from research.interop.names import SCALE
+from research.interop.tensors import FP8, INDEX, ITEM_BYTES
+from research.interop.variables import Array
 
 SHARD_BYTES = 5_000_000_000
 
@@ -22,6 +25,19 @@ class Entry(NamedTuple):
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def entries_of(arrays: dict[str, Array], dtypes: dict[str, str], repeated: dict[str, list[str]]) -> Iterator[Entry]:
+    """The tensors of arrays that leave in these dtypes, by path, with their scales and copies.
+
+    repeated: {original: its copies}.
+    """
+    for path, array in arrays.items():
+        for place in array.places:
+            for name in (place.name, *repeated.get(place.name, ())):
+                yield Entry(name, dtypes[path], array.their_shape)
+            if dtypes[path] == FP8:
+                yield Entry(place.name + SCALE, "F32", blocks.scale_shape(array.their_shape))
 
 
 def lay_out(entries: Iterable[Entry], limit: int = SHARD_BYTES) -> list[list[Entry]]:

@@ -18,19 +18,22 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from research import command, config, convert
+from research import command, config, convert, main
+from research.data.tokenizer import Tokenizer, _bytes
 from research.errors import RequestError, RunError
 from research.interop import blocks, destination, shards, transfer
 from research.interop.exporter import export_workdir
 from research.interop.huggingface import read_settings
 from research.interop.importer import import_folder
 from research.interop.names import SCALE
+from research.interop.plan import plan
 from research.interop.release import config_json
 from research.interop.tensors import FP8, INDEX, list_tensors
 from research.interop.variables import read_variables
 from research.interop.weights import initial_variables, read_weights
 from research.model.build import make_model
 from research.score import logits
+from research.training import evaluation
 from research.training.checkpoint import Checkpoints, damage
 from research.tree import paths
 from tests.interop.test_huggingface import FOLDERS, GOLDEN, copy, in_their_names, random_model, weights, write
@@ -142,6 +145,15 @@ def test_shards_of_bounded_size_in_the_order_of_layers(tmp_path, monkeypatch):
         assert tensor.begin % 4 == 0 or tensor.dtype != "F32"
 
 
+def test_every_tensor_lies_where_it_can_be_read_in_place(tmp_path):
+    entries = [shards.Entry("c", FP8, (3,)), shards.Entry("b", "BF16", (1,)), shards.Entry("a", "F32", (1,))]
+    with shards.Shards(tmp_path, shards.lay_out(entries)) as made:
+        for entry in entries:
+            made.put(entry.name, 0, b"\1" * entry.nbytes)
+    begins = {name: tensor.begin for name, tensor in list_tensors(tmp_path).items()}
+    assert begins["a"] % 4 == 0 and begins["b"] % 2 == 0 and begins.keys() == {"a", "b", "c"}
+
+
 def test_a_run_of_ours_becomes_a_release(tmp_path):
     """Orbax stores its arrays whole; files beside them come along."""
     settings, variables, _ = random_model()
@@ -155,6 +167,15 @@ def test_a_run_of_ours_becomes_a_release(tmp_path):
         np.testing.assert_array_equal(found[name].read(), value, err_msg=name)
     assert read_settings(tmp_path / "again").model == settings.model
     assert (tmp_path / "again" / "generation_config.json").read_text() == "{}"
+
+
+def test_the_plan_of_the_release_counts_its_weights():
+    """685B with the multi-token layer and its copies, as published, and 41.5M scales."""
+    lines = plan(GOLDEN.parents[1] / "experiments" / "deepseek_v3.py", None, None).splitlines()
+    assert lines[0].startswith("read: 91,991 tensors of 684,489,845,504 weights")
+    read, written = (int(re.search(r"([\d,]+) bytes$", line)[1].replace(",", "")) for line in (lines[0], lines[2]))
+    assert written == read - 2 * 129280 * 7168 * 2  # copies of the embedding and the head
+    assert "at 1,000 MB/s: 11.5 minutes" in lines[5]
 
 
 # --quantize and --dtype
@@ -347,12 +368,14 @@ def call(*words):
     (("--source=x", "--destination=y", "--dtype=float16"), "--dtype='float16' must be one of bfloat16, float32"),
     (("--source=x", "--destination=y", "--quantise=none"), "--quantise is not a flag (did you mean --quantize?)"),
     (("--source={tmp}/x", "--destination={tmp}/y"), "x does not exist"),
+    (("--source={tmp}/x.py", "--plan"), "--source={tmp}/x.py does not exist"),
+    (("--source=experiments/nano.py", "--plan"), "config.model.vocab_size=None must be a whole number"),
     (("--source={tmp}", "--destination={tmp}/y"), "holds neither checkpoints/ nor *.safetensors"),
 ])
 def test_wrong_flags(words, expected, tmp_path, capsys):
     assert call(*(word.format(tmp=tmp_path) for word in words)) == 2
     said = capsys.readouterr().err
-    assert expected in said and said.count("\n") == 1
+    assert expected.format(tmp=tmp_path) in said and said.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -487,3 +510,40 @@ def test_a_run_starts_from_a_converted_workdir_but_does_not_go_on_in_it(made):
         np.testing.assert_array_equal(started[path], values)
     with pytest.raises(RequestError, match="weights alone: a run starts from them in a workdir of its own"):
         Checkpoints(ours / "checkpoints", 1, 0).restore(0, {})
+
+
+def evaluated(*words):
+    """Exit code of `research.main --mode=eval` in this process."""
+    try:
+        return command.execute(main.main, ["main", "--mode=eval", "--config.data.source=files", *words], main.FLAGS)
+    finally:
+        main.FLAGS.unparse_flags()
+        for name in main.FLAGS:
+            main.FLAGS[name].value, main.FLAGS[name].present = main.FLAGS[name].default, 0
+
+
+def test_both_kinds_are_evaluated_on_given_text(tmp_path, capsys, monkeypatch):
+    folder = Path(shutil.copytree(FP8_FOLDER, tmp_path / "theirs"))
+    Tokenizer(_bytes()).save(folder / "tokenizer.json")
+    import_folder(folder, tmp_path / "ours", None, None)
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"text {number} " * 20)
+    words = (f"--config.data.files={tmp_path}/*.txt", f"--config.data.cache={tmp_path}/cache")
+    seen, real = [], evaluation.evaluate
+
+    def evaluate(step, state, *rest):
+        seen.append(paths(state["params"]))
+        return real(step, state, *rest) if len(seen) == 1 else {
+            "loss": 1.0, "bits_per_byte": 1.0, "mtp_accuracy": [0.0], "targets": 1}
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    for name in ("theirs", "ours"):
+        assert evaluated(f"--workdir={tmp_path / name}", *words) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"bits per byte +\d+\.\d+ on [\d,]+ held-out bytes", out) and "multi-token  accuracy" in out
+    for path, values in seen[0].items():
+        np.testing.assert_array_equal(seen[1][path], values)
+    assert evaluated(f"--workdir={folder}", "--config=experiments/nano.py", *words) == 2
+    assert "is a Hugging Face folder: it is evaluated without --config" in capsys.readouterr().err
+    assert evaluated(f"--workdir={folder}", "--config.model.hidden_size=32", *words) == 2
+    assert "holds another model" in capsys.readouterr().err

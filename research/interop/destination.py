@@ -30,10 +30,10 @@ def built(final: Path, request: dict) -> Iterator[Path]:
     `final` exists or the folder is in use; one from the block leaves nothing behind, any other error what is written.
     An OSError of the block becomes a RunError.
     """
-    final = final.absolute()
+    flag, final = f"--destination={str(final)!r}", final.absolute()
     partial = final.with_name(f".{final.name}.partial")
     if os.path.lexists(final):
-        raise RequestError(f"--destination={str(final)!r} exists already: nothing is written over")
+        raise RequestError(f"{flag} exists already: nothing is written over")
     with contextlib.ExitStack() as stack:
         try:
             partial.mkdir(parents=True, exist_ok=True)
@@ -41,9 +41,9 @@ def built(final: Path, request: dict) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _adopt(partial, request)
         except BlockingIOError:
-            raise RequestError(f"--destination={str(final)!r} is being written by another process") from None
+            raise RequestError(f"{flag} is being written by another process") from None
         except OSError as error:
-            raise RequestError(f"--destination={str(final)!r} cannot be written: {error.strerror}") from None
+            raise RequestError(f"{flag} cannot be written: {error.strerror}") from None
         waits = f"what is written waits in {partial}: the same command goes on from there"
         try:
             yield partial

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from research import command, config, convert, main
+from research import command, config, convert, experiment, main
 from research.data.tokenizer import Tokenizer, _bytes
 from research.errors import RequestError, RunError
 from research.interop import blocks, destination, shards, transfer
@@ -26,16 +27,17 @@ from research.interop.exporter import export_workdir
 from research.interop.huggingface import read_settings
 from research.interop.importer import import_folder
 from research.interop.names import SCALE
-from research.interop.plan import plan
+from research.interop.plan import plan, released
 from research.interop.release import config_json
 from research.interop.tensors import FP8, INDEX, list_tensors
-from research.interop.variables import read_variables
+from research.interop.variables import arrays_of, read_variables
 from research.interop.weights import initial_variables, read_weights
 from research.model.build import make_model
 from research.score import logits
 from research.training import evaluation
 from research.training.checkpoint import Checkpoints, damage
 from research.tree import paths
+from tests.interop.test_blocks import Q_A, changed, nan
 from tests.interop.test_huggingface import FOLDERS, GOLDEN, copy, in_their_names, random_model, weights, write
 from tests.interop.test_score import workdir
 
@@ -174,6 +176,9 @@ def test_the_plan_of_the_release_counts_its_weights():
     lines = plan(GOLDEN.parents[1] / "experiments" / "deepseek_v3.py", None, None).splitlines()
     assert lines[0].startswith("read: 91,991 tensors of 684,489,845,504 weights")
     read, written = (int(re.search(r"([\d,]+) bytes$", line)[1].replace(",", "")) for line in (lines[0], lines[2]))
+    arrays = arrays_of(config.check(experiment.load("experiments/deepseek_v3.py")))
+    scales = [entry for entry in shards.entries_of(arrays, released(arrays), {}) if entry.name.endswith(SCALE)]
+    assert sum(math.prod(entry.shape) for entry in scales) == 41_540_496
     assert written == read - 2 * 129280 * 7168 * 2  # copies of the embedding and the head
     assert "at 1,000 MB/s: 11.5 minutes" in lines[5]
 
@@ -268,6 +273,9 @@ def test_a_nan_is_named_and_nothing_remains(made, tmp_path):
         tensors[name].flat[7] = np.nan
     refused(f"2 not finite (NaN or infinite values): {', '.join(names)}", import_folder,
             copy("qwen2_tiny", tmp_path / "a", tensors=tensors), tmp_path / "b", None, None)
+    bad = changed(tmp_path / "c", nan(Q_A, (3, 5)) | nan(f"{Q_A}_scale_inv", (0, 0)))
+    refused(f"2 not finite (NaN or infinite values): {Q_A}, {Q_A}_scale_inv", import_folder, bad, tmp_path / "b", None,
+            "bfloat16")
     folder = tmp_path / "ours"
     shutil.copytree(made("qwen2_tiny")[0], folder)
     chunk = folder / STEP / "state" / "params.norm.scale" / "0"

@@ -6,7 +6,6 @@ from absl import flags
 
 from research import command, config, experiment
 from research.errors import RequestError
-from research.interop import huggingface
 
 FLAGS = flags.FlagValues()
 _CONFIG = flags.DEFINE_string(
@@ -26,14 +25,14 @@ def main() -> None:
     if not _WORKDIR.value:
         raise RequestError("--workdir is required: the directory of the run")
     workdir = Path(_WORKDIR.value).expanduser()
-    foreign = not (workdir / "checkpoints").is_dir() and huggingface.is_huggingface(workdir)
+    foreign = not (workdir / "checkpoints").is_dir() and any(workdir.glob("*.safetensors"))
     if foreign and (_MODE.value == "train" or _CONFIG.value):
         raise RequestError(f"--workdir={workdir} is a Hugging Face folder: it is evaluated without --config, and a run "
                            "starts from it with --config.checkpoint.initialize_from")
     if _CONFIG.value:
         chosen = experiment.load(_CONFIG.value)
     elif _MODE.value == "eval":
-        chosen = (huggingface.read_settings if foreign else config.read)(workdir).to_config()
+        chosen = (read_foreign if foreign else config.read)(workdir).to_config()
     else:
         raise RequestError("--config is required: an experiment such as experiments/nano.py")
     settings = config.check(experiment.change(chosen, _FIELDS.value))
@@ -48,6 +47,14 @@ def main() -> None:
     else:
         evaluate = evaluation.evaluate_weights if weights_alone(workdir) else loop.evaluate_newest
         print(summary.of_evaluation(evaluate(settings, workdir)))
+
+
+def read_foreign(folder: Path) -> config.Settings:
+    """The settings of a Hugging Face folder's model."""
+    with command.stops_held():
+        from research.interop import huggingface  # it imports NumPy
+
+    return huggingface.read_settings(folder)
 
 
 if __name__ == "__main__":

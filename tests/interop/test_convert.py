@@ -1,16 +1,9 @@
 """Conversion in both directions: every byte comes back, what is wrong is named, and nothing is left half written."""
 
-import errno
 import json
-import math
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from functools import cache
 from pathlib import Path
 
 import jax
@@ -19,18 +12,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from research import command, config, convert, experiment, main
+from research import command, config, convert, main
 from research.data.tokenizer import Tokenizer, _bytes
-from research.errors import RequestError, RunError
-from research.interop import blocks, destination, shards, transfer
+from research.errors import RequestError
+from research.interop import blocks, shards, transfer
 from research.interop.exporter import export_workdir
 from research.interop.huggingface import read_settings
 from research.interop.importer import import_folder
 from research.interop.names import SCALE
-from research.interop.plan import plan, released
-from research.interop.release import config_json
 from research.interop.tensors import FP8, INDEX, list_tensors
-from research.interop.variables import arrays_of, read_variables
+from research.interop.variables import read_variables
 from research.interop.weights import initial_variables, read_weights
 from research.model.build import make_model
 from research.score import logits
@@ -43,20 +34,6 @@ from tests.interop.test_score import workdir
 
 FP8_FOLDER, MTP = GOLDEN / "deepseek_v3_tiny_fp8", GOLDEN / "deepseek_v3_tiny_mtp"
 STEP = Path("checkpoints/0")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """made(name): a golden folder's workdir, and what became of that again; each is converted once."""
-    base = tmp_path_factory.mktemp("made")
-
-    @cache
-    def make(name):
-        import_folder(GOLDEN / name, base / name, None, None)
-        export_workdir(base / name, base / f"{name}_again", None, None)
-        return base / name, base / f"{name}_again"
-
-    return make
 
 
 def stored(folder):
@@ -169,18 +146,6 @@ def test_a_run_of_ours_becomes_a_release(tmp_path):
         np.testing.assert_array_equal(found[name].read(), value, err_msg=name)
     assert read_settings(tmp_path / "again").model == settings.model
     assert (tmp_path / "again" / "generation_config.json").read_text() == "{}"
-
-
-def test_the_plan_of_the_release_counts_its_weights():
-    """685B with the multi-token layer and its copies, as published, and 41.5M scales."""
-    lines = plan(GOLDEN.parents[1] / "experiments" / "deepseek_v3.py", None, None).splitlines()
-    assert lines[0].startswith("read: 91,991 tensors of 684,489,845,504 weights")
-    read, written = (int(re.search(r"([\d,]+) bytes$", line)[1].replace(",", "")) for line in (lines[0], lines[2]))
-    arrays = arrays_of(config.check(experiment.load("experiments/deepseek_v3.py")))
-    scales = [entry for entry in shards.entries_of(arrays, released(arrays), {}) if entry.name.endswith(SCALE)]
-    assert sum(math.prod(entry.shape) for entry in scales) == 41_540_496
-    assert written == read - 2 * 129280 * 7168 * 2  # copies of the embedding and the head
-    assert "at 1,000 MB/s: 11.5 minutes" in lines[5]
 
 
 # --quantize and --dtype
@@ -314,52 +279,6 @@ def test_a_damaged_folder(damaged, expected, tmp_path):
     refused(expected, import_folder, folder, tmp_path / "b", None, None)
 
 
-def test_destinations_that_are_not_written(made, tmp_path):
-    (tmp_path / "there").mkdir()
-    (tmp_path / "link").symlink_to("nowhere")
-    (tmp_path / "file").write_text("")
-    for name in ("there", "link"):
-        refused("exists already", import_folder, GOLDEN / "qwen2_tiny", tmp_path / name, None, None)
-    with pytest.raises(RequestError, match="cannot be written: Not a directory"):
-        import_folder(GOLDEN / "qwen2_tiny", tmp_path / "file" / "b", None, None)
-    with destination.built(tmp_path / "b", {}):
-        ours = made("qwen2_tiny")[0]
-        refused("is being written by another process", export_workdir, ours, tmp_path / "b", None, None)
-
-
-def without(settings, group, **fields):
-    values = json.loads(settings.to_json())
-    values[group] |= fields
-    return config.check(values)
-
-
-@pytest.mark.parametrize("name, group, fields, expected", [
-    ("deepseek_v3_tiny_fp8", "model", {"scoring_func": "softmax"}, "config.model.topk_method='noaux_tc' has no"),
-    ("deepseek_v3_tiny_fp8", "model", {"bias_form": "multiplicative"}, "config.model.bias_form='multiplicative'"),
-    ("deepseek_v3_tiny_fp8", "mtp", {"hidden": "before_norm"}, "config.mtp.hidden='before_norm' must be 'after_norm'"),
-    ("deepseek_v3_tiny_fp8", "model", {"n_routed_experts": 0}, "config.model.n_routed_experts=0 has no released"),
-    ("deepseek_v2_tiny", "mtp", {"num_nextn_predict_layers": 1}, "config.mtp.num_nextn_predict_layers=1 must be 0"),
-    ("deepseek_v2_tiny", "model", {"norm_topk_prob": True}, "norm_topk_prob"),
-    ("qwen2_tiny", "model", {"n_routed_experts": 4}, "config.model.n_routed_experts=4 has no released counterpart"),
-])
-def test_a_model_that_nobody_released(name, group, fields, expected):
-    settings = without(read_settings(GOLDEN / name), group, **fields)
-    with pytest.raises(RequestError) as caught:
-        config_json(settings, "F32", False, None, None)
-    assert expected in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", FOLDERS)
-def test_config_json_has_the_keys_of_the_release(name):
-    settings = read_settings(GOLDEN / name)
-    theirs = json.loads((GOLDEN / name / "config.json").read_text())
-    ours = config_json(settings, "BF16", "quantization_config" in theirs, 0, 1)
-    for key in ours.keys() & theirs.keys() - {"rope_scaling", "torch_dtype", "bos_token_id", "eos_token_id"}:
-        if key != "num_nextn_predict_layers" or name != "deepseek_v3_tiny":  # it announces what it does not hold
-            assert ours[key] == theirs[key], key
-    assert ours["architectures"] == theirs["architectures"] and ours["torch_dtype"] == "bfloat16"
-
-
 def call(*words):
     """Exit code of the command in this process."""
     try:
@@ -395,124 +314,14 @@ def test_the_command_says_what_it_moved(tmp_path, capsys):
     assert stored(tmp_path / "c") == stored(GOLDEN / "qwen2_tiny")
 
 
-# Interrupted
-
-
-def failing(monkeypatch, after):
-    """Makes the disk full after so many writes."""
-    real, left = os.pwrite, iter(range(after))
-
-    def pwrite(*arguments):
-        if next(left, None) is None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(*arguments)
-
-    monkeypatch.setattr(os, "pwrite", pwrite)
-
-
-@pytest.mark.parametrize("direction", ("in", "out"))
-def test_a_full_disk_and_the_same_command_again(direction, made, tmp_path, monkeypatch):
-    ours, again = made("deepseek_v3_tiny_fp8")
-    function, source, whole = {"in": (import_folder, FP8_FOLDER, ours), "out": (export_workdir, ours, again)}[direction]
-    final, partial = tmp_path / "a", tmp_path / ".a.partial"
-    with monkeypatch.context() as patch:
-        failing(patch, 120)
-        with pytest.raises(RunError, match="No space left on device; what is written waits in .*partial: the same"):
-            function(source, final, None, None)
-    assert not final.exists() and partial.exists()
-    data = [path for path in partial.rglob("*") if path.is_file() and path.stat().st_size > 1500]
-    stands = {path: path.stat().st_mtime_ns for path in data}
-    with max(data, key=lambda path: path.stat().st_size).open("r+b") as file:  # the disk lost a byte
-        file.seek(-7, os.SEEK_END)
-        file.write(b"\xa5")
-    account = function(source, final, None, None)
-    assert 0 < account.written < account.read
-    if direction == "in":
-        same = [path for path in data if (final / path.relative_to(partial)).stat().st_mtime_ns == stands[path]]
-        assert len(same) >= len(data) - 3  # the damaged one, and the two that the full disk met
-    assert files(final) == files(whole)
-    assert not partial.exists() and not (final / ".lock").exists()
-
-
-def files(folder):
-    """{name: bytes}, but what names the place or differs with the time."""
-    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert not damage(folder / STEP) if (folder / STEP).exists() else True
-    return {name: data for name, data in found.items() if Path(name).parts[2:] not in (
-        ("record", "metadata"), ("manifest.json",))}
-
-
-def test_what_another_request_left_is_not_used(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        failing(patch, 60)
-        with pytest.raises(RunError):
-            import_folder(FP8_FOLDER, tmp_path / "a", None, None)
-    import_folder(FP8_FOLDER, tmp_path / "a", "none", "float32")
-    assert not list((tmp_path / "a" / STEP / "state").glob("scales*"))
-    assert not damage(tmp_path / "a" / STEP)
-
-
-SPARSE = """
-import sys
-from research import convert
-from research.interop.importer import import_folder
-from research.interop.exporter import export_workdir
-from pathlib import Path
-base = Path(sys.argv[1])
-import_folder(base / "source", base / "ours", None, None)
-export_workdir(base / "ours", base / "again", None, None)
-print(convert.peak_memory())
-"""
-
-
-def sparse_folder(folder):
-    """A folder of zeros that takes no place: 176 MiB of layers and a 64 MiB embedding, in 16 bits."""
-    raw = json.loads((GOLDEN / "qwen2_tiny" / "config.json").read_text()) | {
-        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 32768,
-        "num_attention_heads": 16, "num_key_value_heads": 4}
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({key: raw[key] for key in raw if key != "layer_types"}))
-    shapes = {"model.embed_tokens.weight": (32768, 1024), "model.norm.weight": (1024,)}
-    for layer in range(6):
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in {
-            "self_attn.q_proj.weight": (1024, 1024), "self_attn.q_proj.bias": (1024,),
-            "self_attn.k_proj.weight": (256, 1024), "self_attn.k_proj.bias": (256,),
-            "self_attn.v_proj.weight": (256, 1024), "self_attn.v_proj.bias": (256,),
-            "self_attn.o_proj.weight": (1024, 1024), "mlp.gate_proj.weight": (4096, 1024),
-            "mlp.up_proj.weight": (4096, 1024), "mlp.down_proj.weight": (1024, 4096),
-            "input_layernorm.weight": (1024,), "post_attention_layernorm.weight": (1024,)}.items()}
-    with shards.Shards(folder, shards.lay_out(shards.Entry(name, "BF16", shape) for name, shape in shapes.items())):
-        pass
-    for file in folder.glob("*.safetensors"):
-        size = json.loads((folder / INDEX).read_text())["metadata"]["total_size"]
-        os.truncate(file, file.stat().st_size + size)
-    return folder
-
-
-def test_memory_is_bounded_and_a_killed_conversion_leaves_no_destination(tmp_path):
-    sparse_folder(tmp_path / "source")
-    killed = subprocess.Popen([sys.executable, "-m", "research.convert", f"--source={tmp_path}/source",
-                               f"--destination={tmp_path}/killed"], cwd=GOLDEN.parents[1])
-    while not list(tmp_path.glob(".killed.partial/checkpoints/0/state/*/*")):
-        assert killed.poll() is None
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "killed").exists()
-    done = subprocess.run([sys.executable, "-c", SPARSE, str(tmp_path)], cwd=GOLDEN.parents[1], capture_output=True,
-                          text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-    assert done.returncode == 0, done.stderr
-    peak = int(done.stdout.splitlines()[-1])
-    assert peak < 380 * 2**20, f"{peak / 2**20:.0f} MiB"  # 250 of them the process itself
-    shutil.rmtree(tmp_path)
-
-
 # What reads the result
 
 
 def test_a_run_starts_from_a_converted_workdir_but_does_not_go_on_in_it(made):
     ours = made("deepseek_v3_tiny_fp8")[0]
-    settings = without(config.read(ours), "checkpoint", initialize_from=str(ours))
+    chosen = config.read(ours).to_config()
+    chosen.checkpoint.initialize_from = str(ours)
+    settings = config.check(chosen)
     started = paths(initial_variables(make_model(settings), settings))
     for path, values in paths(read_weights(ours)[1]).items():
         np.testing.assert_array_equal(started[path], values)

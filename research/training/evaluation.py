@@ -1,11 +1,18 @@
 """Bits per byte and multi-token accuracy on held-out text."""
 
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
 
-from research.data.pipeline import validation_batches
+from research import environment
+from research.data.pipeline import load_corpus, validation_batches
+from research.data.tokenizer import Tokenizer
+from research.errors import RequestError
+from research.interop.weights import read_weights, variables_of
+from research.model.build import make_model
+from research.training.step import make_eval_step
 
 
 def evaluate(eval_step, state, corpus, settings, batches: int | None = None) -> dict:
@@ -28,3 +35,16 @@ def evaluate(eval_step, state, corpus, settings, batches: int | None = None) -> 
         "mtp_accuracy": (sums["mtp_hits"] / np.maximum(sums["mtp_targets"], 1)).tolist(),
         "targets": int(sums["targets"]),
     }
+
+
+@environment.runnable()
+def evaluate_weights(settings, folder: Path) -> dict:
+    """Evaluates a Hugging Face folder, or what research.convert wrote, on all held-out text; writes nothing."""
+    corpus = load_corpus(settings, Tokenizer.load(folder))
+    model = make_model(settings)
+    variables, wrong = variables_of(read_weights(folder)[1], model, settings)
+    if wrong:
+        raise RequestError(f"--workdir={folder} holds another model: {wrong}")
+    state = jax.device_put(variables) | {"ema": None}
+    return {"step": 0, "gzip_bits_per_byte": corpus.gzip_bits_per_byte, "held_out_bytes": corpus.validation_bytes,
+            "validation": evaluate(make_eval_step(model, settings), state, corpus, settings)}

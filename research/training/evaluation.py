@@ -52,6 +52,6 @@ def evaluate_weights(settings, folder: Path) -> dict:
     if wrong:
         raise RequestError(f"--workdir={folder} holds another model: {wrong}")
     environment.pin_threads()
-    return {"gzip_bits_per_byte": corpus.gzip_bits_per_byte, "held_out_bytes": corpus.validation_bytes, "validation":
-            evaluate(make_eval_step(model, settings), jax.device_put(variables) | {"ema": None}, corpus, settings,
-                     bar=True)}
+    state = jax.device_put(variables) | {"ema": None}
+    return {"gzip_bits_per_byte": corpus.gzip_bits_per_byte, "held_out_bytes": corpus.validation_bytes,
+            "validation": evaluate(make_eval_step(model, settings), state, corpus, settings, None, True)}

@@ -32,7 +32,7 @@ def main() -> None:
     if _CONFIG.value:
         chosen = experiment.load(_CONFIG.value)
     elif _MODE.value == "eval":
-        chosen = (read_foreign if foreign else config.read)(workdir).to_config()
+        chosen = config_of_folder(workdir) if foreign else config.read(workdir).to_config()
     else:
         raise RequestError("--config is required: an experiment such as experiments/nano.py")
     settings = config.check(experiment.change(chosen, _FIELDS.value))
@@ -49,12 +49,11 @@ def main() -> None:
         print(summary.of_evaluation(evaluate(settings, workdir)))
 
 
-def read_foreign(folder: Path) -> config.Settings:
-    """The settings of a Hugging Face folder's model."""
+def config_of_folder(folder: Path):
+    """The config of a Hugging Face folder."""
     with command.stops_held():
-        from research.interop import huggingface  # it imports NumPy
-
-    return huggingface.read_settings(folder)
+        from research.interop.huggingface import read_settings  # it imports NumPy
+    return read_settings(folder).to_config()
 
 
 if __name__ == "__main__":

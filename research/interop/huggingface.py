@@ -71,6 +71,7 @@ def read_settings(folder: Path) -> Settings:
     config = base.get_config().to_dict()
     config["model"] |= model
     config["mtp"]["num_nextn_predict_layers"] = announced
+    config["data"]["validation_fraction"] = 1.0  # nothing of what a user gives was trained on here
     config["data"]["sequence_length"] = min(config["data"]["sequence_length"], model["max_position_embeddings"])
     try:
         return check(config)

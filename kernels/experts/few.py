@@ -1,4 +1,4 @@
-"""Experts of few tokens, as in decoding: one (token, choice) pair after another reads the weights of its own expert."""
+"""Experts of few tokens, as in decoding: each token reads the weights of its own experts, and no others."""
 
 import jax
 import jax.numpy as jnp
@@ -7,17 +7,15 @@ from jax import lax
 
 def experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK):
     """As the reference, without a gradient, at the cost of X*K matrix-vector products. Returns float32 y_XD."""
-    X, K = indices_XK.shape
-    indices_P, weights_P = indices_XK.reshape(-1), weights_XK.reshape(-1)
+    def of_token(_, token):
+        x_D, indices_K, weights_K = token
 
-    def product(a_1D, w_EDF, e):
-        return jnp.dot(a_1D.astype(w_EDF.dtype), lax.dynamic_index_in_dim(w_EDF, e, keepdims=False),
-                       preferred_element_type=jnp.float32)
+        def product(a_KD, w_EDF):  # gathered: XLA:CPU slices one expert at a time at half the speed
+            return jnp.einsum("KD,KDF->KF", a_KD.astype(w_EDF.dtype), w_EDF[indices_K],
+                              preferred_element_type=jnp.float32)
 
-    def add_pair(p, y_XD):
-        x_1D, e = lax.dynamic_slice_in_dim(x_XD, p // K, 1), indices_P[p]
-        a_1F = jax.nn.silu(product(x_1D, gate_EDF, e)) * product(x_1D, up_EDF, e)
-        y_1D = lax.dynamic_slice_in_dim(y_XD, p // K, 1) + weights_P[p] * product(a_1F, down_EFD, e)
-        return lax.dynamic_update_slice_in_dim(y_XD, y_1D, p // K, axis=0)
+        x_KD = jnp.broadcast_to(x_D, (*indices_K.shape, *x_D.shape))
+        a_KF = jax.nn.silu(product(x_KD, gate_EDF)) * product(x_KD, up_EDF)
+        return None, weights_K @ product(a_KF, down_EFD)
 
-    return lax.fori_loop(0, X * K, add_pair, jnp.zeros(x_XD.shape, jnp.float32))
+    return lax.scan(of_token, None, (x_XD, indices_XK, weights_XK))[1]

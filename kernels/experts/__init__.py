@@ -18,5 +18,5 @@ def experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, *,
         return few.experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK)
     if implementation == "reference":
         return reference.experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK)
-    capacity, blocks = xla.capacity_and_blocks(indices_XK.size, gate_EDF.shape[0])
-    return xla.experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, blocks, formats)
+    capacity, tiles = xla.capacity_and_tiles(indices_XK.size, gate_EDF.shape[0])
+    return xla.experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, tiles, formats)

@@ -7,6 +7,7 @@ copy of a 16-bit cache. Their sums and the softmax are float32.
 import jax.numpy as jnp
 from jax import lax
 
+FEW = 16  # queries: their scores one by one, as XLA:CPU transposes the latents for a product of several
 BLOCK = 512  # slots; up to two of them are one pass
 
 
@@ -19,11 +20,16 @@ def mla_decode(q_latent_BTNR, q_rope_BTNP, latent_BSR, rope_key_BSP, lengths_B, 
     last_BQ = jnp.repeat(lengths_B[:, None] + jnp.arange(T)[None], N, axis=1)
     block = block or (S if S <= 2 * BLOCK else BLOCK)
 
+    def scores(q_BQR, latent_BSR):
+        if Q <= FEW:
+            return jnp.stack([jnp.einsum("BR,BSR->BS", q_BQR[:, q], latent_BSR, preferred_element_type=jnp.float32)
+                              for q in range(Q)], axis=1)
+        return jnp.einsum("BQR,BSR->BQS", q_BQR, latent_BSR, preferred_element_type=jnp.float32)
+
     def attend(carry, first, latent_BSR, rope_key_BSP, at_S):
         """Adds slots at positions at_S, those from `first` on: earlier ones were seen before."""
         o_BQR, largest_BQ, total_BQ = carry
-        score_BQS = scale * (jnp.einsum("BQR,BSR->BQS", q_BQR, latent_BSR, preferred_element_type=jnp.float32)
-                             + jnp.einsum("BQP,BSP->BQS", q_BQP, rope_key_BSP, preferred_element_type=jnp.float32))
+        score_BQS = scale * (scores(q_BQR, latent_BSR) + scores(q_BQP, rope_key_BSP))
         seen_BQS = (at_S[None, None] >= first) & (at_S[None, None] <= last_BQ[:, :, None])
         score_BQS = jnp.where(seen_BQS, score_BQS, -jnp.inf)
         larger_BQ = jnp.maximum(largest_BQ, jnp.max(score_BQS, axis=-1))

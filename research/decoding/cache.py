@@ -44,7 +44,7 @@ def _write(slots, new, start_B):
     for b in range(new.shape[0]):  # one update in place each: a scatter would copy or loop over single elements
         at = (b, start_B[b]) + (0,) * (slots.ndim - 2)
         slots = jax.lax.dynamic_update_slice(slots, new[b:b + 1], at)
-    return slots
+    return jax.lax.optimization_barrier(slots)  # fused with a reader, the update would be made in a copy for it alone
 
 
 def _quantized(values):

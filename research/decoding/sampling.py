@@ -60,5 +60,7 @@ def draw(keys_B, p_BV):
 
 
 def likeliest(logits):
-    """int32 (...,); ties go to the lower id."""
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    """int32 (...,); ties go to the lower id, and so do logits that are all NaN."""
+    V = logits.shape[-1]
+    is_best = logits == jnp.max(logits, axis=-1, keepdims=True)  # two plain reductions: XLA:CPU's argmax is serial
+    return jnp.minimum(jnp.min(jnp.where(is_best, jnp.arange(V), V), axis=-1), V - 1).astype(jnp.int32)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.experts import experts
+from kernels.experts import experts, xla
 from kernels.experts import few as kernels_few
 from tests.tiny import assert_close
 
@@ -49,6 +49,11 @@ def skewed(X, E, K, rng):
     return [rng.choice(E, K, replace=False, p=wish_E) for _ in range(X)]
 
 
+def uneven(X, E, K, rng):  # most pairs have slots, one expert's load is nearly twice the mean
+    wish_E = np.where(np.arange(E) == E // 2, 2, 1) / (E + 1)
+    return [rng.choice(E, K, replace=False, p=wish_E) for _ in range(X)]
+
+
 CASES = {  # name: tokens, experts, chosen, who chooses what; equal shapes share a compilation
     "random": (48, 8, 2, at_random),
     "ties": (48, 8, 2, same_for_all),
@@ -62,6 +67,8 @@ CASES = {  # name: tokens, experts, chosen, who chooses what; equal shapes share
     "more experts than tokens": (5, 64, 3, at_random),
     "odd numbers": (37, 7, 3, at_random),
     "odd numbers, skewed": (37, 7, 3, skewed),
+    "tiles of all sizes": (1021, 8, 2, skewed),
+    "tiles of all sizes beside slots": (1021, 8, 2, uneven),
 }
 
 
@@ -106,7 +113,7 @@ def test_inference_takes_pairs_one_by_one_up_to_the_number_of_experts():
         exact = [np.asarray(w, np.float32) for w in half]
         expected = experts(*exact, indices_XK, weights_XK, implementation="reference")
         assert relative_error(y_XD, np.asarray(expected)) < 1e-2
-        assert ("sort" not in str(jax.make_jaxpr(run)(*half, jnp.asarray(indices_XK), weights_XK))) == pairs
+        assert (" sort[" not in str(jax.make_jaxpr(run)(*half, jnp.asarray(indices_XK), weights_XK))) == pairs
 
 
 def test_the_definition_equals_a_loop_over_tokens():
@@ -194,3 +201,18 @@ def test_cost_does_not_grow_with_the_number_of_experts():
     assert few_experts > least
     assert many_experts < 1.3 * few_experts
     assert flops(128, "reference") > 10 * many_experts  # the count sees a dense implementation
+
+
+@pytest.mark.parametrize("name, slots", [("random", True), ("ties", False), ("tiles of all sizes", False),
+                                         ("tiles of all sizes beside slots", True)])
+def test_slots_are_left_out_where_they_would_stay_empty(name, slots):
+    X, E, K, choose = CASES[name]
+    indices_XK = inputs_of(X, E, K, choose)[1]
+    capacity, tiles = xla.capacity_and_tiles(X * K, E)
+    plan = xla.make_plan(jnp.asarray(indices_XK), E, capacity, tiles)
+    assert plan.slots_used == slots
+    if len(tiles) == 4:
+        assert np.all(np.sum(plan.tiles_NE, axis=1) > 0) or slots
+    rows = np.asarray(plan.row_XK)
+    assert len(np.unique(rows)) == X * K  # a row each
+    np.testing.assert_array_equal(np.asarray(plan.pair_R)[rows.reshape(-1)], np.arange(X * K))

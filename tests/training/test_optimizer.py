@@ -7,12 +7,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments import base
 from research.accounting.parameters import shapes
 from research.config import check
-from research.training.optimizer import decay_mask, make_optimizer
+from research.training.optimizer import clip_by_global_norm, decay_mask, make_optimizer
 from research.training.schedules import learning_rate
 from research.tree import paths
 from tests import tiny
@@ -59,6 +60,16 @@ def test_adamw_by_hand():
             decay = 0 if path.endswith(("scale", "bias")) else 0.1
             expected = -rate * (direction + decay * paths(params)[path])
             np.testing.assert_allclose(updates[path], expected, rtol=1e-4, atol=1e-7, err_msg=path)
+
+
+@pytest.mark.parametrize("size", [0.0, 0.01, 3.0, 1e18, np.inf, np.nan])
+def test_clipping_is_optax_s_to_the_last_bits(size):
+    """The bits are the same where nothing is clipped, one division apart elsewhere; norms that are no number too."""
+    gradient = jax.tree.map(lambda g: np.where(g > 0.5, np.float32(size), np.float32(min(size, 3) if size else 0)),
+                            tree(1))
+    expected, actual = (clip(1.0).update(gradient, optax.EmptyState())[0]
+                        for clip in (optax.clip_by_global_norm, clip_by_global_norm))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0 if size < 1 else 4e-7, atol=0), actual, expected)
 
 
 def test_the_rate_is_that_of_the_step_about_to_be_done():

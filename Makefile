@@ -17,7 +17,7 @@ GPU_SEEDS ?= 0 1 2
 GPU_SECONDS ?= 440
 PEER_PYTHON ?= $(GPU_PYTHON)
 
-.PHONY: setup run test bench parity aot gpu gpu-device gpu-test gpu-bench gpu-train
+.PHONY: setup run test bench tables parity aot gpu gpu-device gpu-test gpu-bench gpu-train
 
 setup: $(VENV)/ready
 
@@ -36,6 +36,9 @@ test: setup
 
 bench: setup
 	$(BIN)/python -m research.bench
+
+tables: setup
+	$(BIN)/python -m research.tables --table=all
 
 parity: .venv-parity/ready
 

@@ -108,7 +108,7 @@ def lines(axes, series: dict[str, tuple], across: str, quantity: str) -> None:
                   markevery=max(1, len(x) // 6), label=name, **look)
         if band:
             axes.fill_between(x, *band, color="black", alpha=0.18, linewidth=0)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.7g}"))
     axes.set_xlabel(across)

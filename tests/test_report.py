@@ -118,6 +118,7 @@ def test_everything_of_the_run_is_on_the_page(page):
     assert notes["Training speed"] == "Last 4,000, least 1,000, greatest 4,000."
     assert "Most uneven at the end: layer 2, MaxVio 2." in notes["Load of experts by layer"]
     assert "compile 30%, train 60%, data 0%, evaluate 10%, save 0% of 10.0 s" in notes["Where the time went"]
+    assert page.of("svg")[TITLES.index("Bits per byte, held out")].split().count("4") == 1  # a tick for one step
     changed, every, environment = page.of("tbody")
     assert "training.steps41000" in changed and "optimizer.beta1" in every and "optimizer.beta1" not in changed
     assert "packages.jax0.11.2" in environment
@@ -200,6 +201,18 @@ def test_wrong_requests_are_one_line_and_leave_the_old_page(tmp_path, capsys, ch
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and said in err and str(path) in err
     assert not change or (path / "report.html").read_text() == "an old page"
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(finished, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    old = (finished / "report.html").read_text()
+    (finished / "samples.md").write_text("other")
+    monkeypatch.setattr("os.replace", refuse)
+    assert make(f"--workdir={finished}") == 1
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+    assert (finished / "report.html").read_text() == old and not list(finished.glob(".*part"))
 
 
 @pytest.mark.parametrize("words, said", [

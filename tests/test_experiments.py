@@ -133,14 +133,22 @@ def test_the_step_of_a_smoke_is_traced(file):
     assert metrics["mtp_loss"].shape == (settings.mtp.num_nextn_predict_layers,)
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Of tokens and compiled programs, for all smokes."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.mark.parametrize("file", FIRST.values())
-def test_the_smoke_trains(file, tmp_path):
-    steps = 20 if file == "experiments/nano.py" else 1
+def test_the_smoke_trains(file, tmp_path, cache):
+    """20 steps of the default one, one step of the others, whose equal layers are compiled once."""
+    steps, unroll = (20, 0) if file == "experiments/nano.py" else (1, 1)
     workdir = tmp_path / "run"
     code, out, err = runs.finish(runs.start([
         sys.executable, "-m", "research.main", f"--config={file}:smoke", f"--workdir={workdir}",
-        f"--config.data.cache={tmp_path}/cache", f"--config.training.steps={steps}", "--config.data.max_documents=60",
-        "--config.data.validation_fraction=0.03", "--config.evaluation.samples=0"], tmp_path / "cache",
+        f"--config.data.cache={cache}", f"--config.training.steps={steps}", "--config.data.max_documents=60",
+        f"--config.model.scan_unroll={unroll}", "--config.data.validation_fraction=0.03",
+        "--config.evaluation.samples=0"], cache,
         XLA_FLAGS="--xla_backend_optimization_level=0"))  # compiles in half the time
     assert code == 0, err
     assert "bits per byte" in out and "Traceback" not in err

@@ -107,8 +107,10 @@ def start_side(side: str, folder: Path, batch: int, peer_python: str | None) -> 
 def measure_peer(peer_python: str | None, batches: list[int]) -> dict:
     """Tokens/s of a whole call on each side, in turn, and how many times the faster peer's ours is."""
     sides = ["ours", *(("dynamic", "static") if peer_python else ())]
-    print(f"{_CONFIG.value}, random weights, float32: {PROMPT} tokens, then {_NEW.value} greedy ones; "
-          f"{_ROUNDS.value} rounds of {CALLS} calls in turn: median and range{'' if peer_python else '; no peer: `make parity` makes one'}")
+    print(f"{_CONFIG.value}, random weights, float32: {PROMPT} tokens, then {_NEW.value} greedy ones; {_ROUNDS.value} "
+          f"rounds of {CALLS} calls in turn: median and range")
+    if not peer_python:
+        print("no peer: `make parity` makes one")
     print(f"{'batch':>5}  {'side':<8} {'tokens/s':>9}  {'range':>15}  ours/side (least-greatest)", flush=True)
     rows, about = [], {}
     with tempfile.TemporaryDirectory() as name:

@@ -2,7 +2,7 @@
 
 One process a side and size builds its model once; the driver then lets them take a few steps in turn, so that both see
 the same machine. Without the peer's environment (`make parity`) only ours is measured. Real text, real router,
-dropless on both sides, float32; ours always allocates transparent huge pages, the peer also with `--peer_hugepages`.
+dropless on both sides, float32; ours keeps transparent huge pages as `research.main` does, the peer also with `--peer_hugepages`.
 Only a quiet machine gives a fair ratio. Wide ranges tell; the ratio of the best rounds, in brackets, suffers less. The
 router is as initialised and hardly moves in so few steps: most tokens go to a few experts, on both sides.
 """
@@ -65,12 +65,13 @@ OPTIMIZER = {
 }
 PEAK_WIDTH = 2048  # of the square float32 product whose rate is the peak
 WARMUP_STEPS = 3
-# Fresh buffers of every step cost page faults: set before the process starts, glibc asks for huge pages instead.
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+# Fresh buffers of every step cost page faults: what research.main sets against them, before the process starts.
+KEPT_PAGES = {"GLIBC_TUNABLES": command.KEPT_PAGES}
+HUGE_PAGES = {"GLIBC_TUNABLES": command.HUGE_PAGES}  # what other commands set
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("peer_python", None, "Python with torch and transformers (default: .venv-parity's, if it exists)")
-flags.DEFINE_bool("peer_hugepages", False, "measure the peer with transparent huge pages as well")
+flags.DEFINE_bool("peer_hugepages", False, "measure the peer with our allocator settings as well")
 flags.DEFINE_list("experts", ["16", "64", "256"], "numbers of routed experts")
 flags.DEFINE_integer("rounds", 5, "turns of each side", lower_bound=1)
 flags.DEFINE_integer("steps", 3, "training steps in a turn", lower_bound=1)
@@ -199,9 +200,9 @@ def start(side: str, folder: pathlib.Path, experts: int, peer_python: str | None
     if side.startswith("peer"):
         # -I: torch and transformers alone; the packages of this repository are not on its path
         script = [peer_python, "-I", str(ROOT / "research/bench_peer.py"), told]
-        return Worker(script, HUGE_PAGES if side == "peer_hugepages" else {}, folder)
+        return Worker(script, KEPT_PAGES if side == "peer_hugepages" else {}, folder)
     module = [sys.executable, "-m", "research.bench", f"--worker={told}"]
-    return Worker(module, HUGE_PAGES | {"JAX_PLATFORMS": "cpu"}, folder)
+    return Worker(module, KEPT_PAGES | {"JAX_PLATFORMS": "cpu"}, folder)
 
 
 def text_tokens() -> np.ndarray:
@@ -335,7 +336,7 @@ def run() -> None:
         finally:
             peak.close()
     for side, result in results[0]["sides"].items():
-        print(f"{side}: {result['name']}{', huge pages' * (side != 'peer')}")
+        print(f"{side}: {result['name']}{', huge pages kept' * (side != 'peer')}")
     if FLAGS.json is not None:
         shape = {"batch": BATCH, "length": LENGTH, "model": MODEL, "optimizer": OPTIMIZER}
         result = {"shape": shape, "steps": FLAGS.steps, "flops_per_token": flops_per_token(), "sizes": results}

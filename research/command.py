@@ -16,6 +16,11 @@ from absl import logging as absl_logging
 
 from research.errors import RequestError, RunError, nearest
 
+# Of glibc's allocator, which reads them at the start of a process alone: huge pages; and what was freed is kept, in one
+# heap, for the next step to use (40% more memory; a step on a CPU takes 15-25% less time).
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+KEPT_PAGES = (f"{HUGE_PAGES}:glibc.malloc.mmap_threshold={2**33}:glibc.malloc.trim_threshold={2**34}:"
+              "glibc.malloc.arena_max=1")
 _HELP = {"-h", "-?", "-help", "--help", "-helpshort", "--helpshort", "-helpfull", "--helpfull"}
 
 
@@ -26,9 +31,9 @@ class Stopped(BaseException):
         self.code = code
 
 
-def run(main: Callable[[], None], values: flags.FlagValues = flags.FLAGS) -> None:
+def run(main: Callable[[], None], values: flags.FlagValues = flags.FLAGS, allocator: str = HUGE_PAGES) -> None:
     """Runs the command of this process, whose flags are `values`, and exits with the code of `execute`."""
-    tune_process()
+    tune_process(allocator)
     signal.signal(signal.SIGTERM, _terminate)
     sys.unraisablehook = raise_again
     log_lines()
@@ -49,17 +54,17 @@ def stops_held():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
 
-def tune_process() -> None:
-    """Starts the process anew with huge pages for glibc's allocator, and sets JAX's compilation cache.
+def tune_process(allocator: str) -> None:
+    """Starts the process anew with these settings of glibc's allocator, and sets JAX's compilation cache.
 
-    Fresh pages are what a training step on a CPU waits for most (15-35% of its time); the allocator reads the
-    variable only at start. GLIBC_TUNABLES and JAX_COMPILATION_CACHE_DIR that are already set stay as they are.
+    Fresh pages are what a training step on a CPU waits for most (15-35% of its time). GLIBC_TUNABLES and
+    JAX_COMPILATION_CACHE_DIR that are already set stay as they are.
     """
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/parsimony/xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.environ["GLIBC_TUNABLES"] = allocator
         os.execv(sys.executable, sys.orig_argv)
 
 

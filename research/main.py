@@ -57,4 +57,4 @@ def config_of_folder(folder: Path):
 
 
 if __name__ == "__main__":
-    command.run(main, FLAGS)
+    command.run(main, FLAGS, command.KEPT_PAGES)

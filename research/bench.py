@@ -2,7 +2,7 @@
 
 One process a side and size builds its model once; the driver then lets them take a few steps in turn, so that both see
 the same machine. Without the peer's environment (`make parity`) only ours is measured. Real text, real router,
-dropless on both sides, float32; ours keeps transparent huge pages as `research.main` does, the peer also with `--peer_hugepages`.
+dropless on both sides, float32; ours keeps huge pages as `research.main` does, the peer also with `--peer_hugepages`.
 Only a quiet machine gives a fair ratio. Wide ranges tell; the ratio of the best rounds, in brackets, suffers less. The
 router is as initialised and hardly moves in so few steps: most tokens go to a few experts, on both sides.
 """

@@ -17,7 +17,7 @@ GPU_SEEDS ?= 0 1 2
 GPU_SECONDS ?= 440
 PEER_PYTHON ?= $(GPU_PYTHON)
 
-.PHONY: setup run test bench parity aot gpu gpu-device gpu-test gpu-bench gpu-train
+.PHONY: setup run test bench tables parity eval eval-test aot gpu gpu-device gpu-test gpu-bench gpu-train
 
 setup: $(VENV)/ready
 
@@ -37,6 +37,9 @@ test: setup
 bench: setup
 	$(BIN)/python -m research.bench
 
+tables: setup
+	$(BIN)/python -m research.tables --table=all
+
 parity: .venv-parity/ready
 
 .venv-parity/ready: requirements-parity.txt
@@ -45,6 +48,18 @@ parity: .venv-parity/ready
 	@.venv-parity/bin/pip install --quiet --disable-pip-version-check --retries 1 -r .venv-parity/requirements.txt || \
 	{ echo "error: no environment for the comparison: torch's CPU build is in https://download.pytorch.org/whl/cpu alone." \
 	"Where that cannot be reached, \`make parity PARITY_BUILD=\` takes PyPI's, a CUDA build of several GB" >&2; exit 2; }
+	@touch $@
+
+# lm-evaluation-harness, in an environment of its own, and the tests of our model in it.
+eval: .venv-eval/ready
+
+eval-test: .venv-eval/ready
+	.venv-eval/bin/python -m pytest tests/interop/with_lm_eval.py
+
+.venv-eval/ready: requirements-eval.txt requirements.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.12 or newer found; install one" >&2; exit 2; }
+	$(PYTHON) -m venv .venv-eval
+	.venv-eval/bin/pip install --quiet --disable-pip-version-check -r requirements-eval.txt
 	@touch $@
 
 .venv-gpu/ready: requirements-gpu.txt requirements.txt

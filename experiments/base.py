@@ -149,7 +149,8 @@ def select(config: ConfigDict, arms: str, sweep: dict | None = None) -> ConfigDi
     """The config with what follows the colon of `--config=FILE.py:arm:smoke` applied, in order.
 
     sweep: {arm: {`group.field`: value}}, the arms of an ablation beside the values they vary. `smoke` shrinks any
-    config to seconds and keeps what makes it itself: its attention, router, precision, multi-token depth and data.
+    config to seconds and keeps what makes it itself: its attention, router, precision, multi-token depth (at least one
+    module) and data.
     """
     sweep = sweep or {}
     for arm in filter(None, arms.split(":")):
@@ -169,9 +170,11 @@ def _smoke(config: ConfigDict) -> dict:
         "model.kv_lora_rank": 32, "model.qk_nope_head_dim": 16, "model.qk_rope_head_dim": 8, "model.v_head_dim": 16,
         "model.num_hidden_layers": 3 if m.n_routed_experts else 2, "model.initializer_range": 0.02,
         "model.vocab_size": None, "model.moe_intermediate_size": 32, "model.max_position_embeddings": 4096,
+        "mtp.num_nextn_predict_layers": max(config.mtp.num_nextn_predict_layers, 1),
         "data.tokenizer": "bytes", "data.sequence_length": 64, "data.max_documents": 200,
         "training.steps": 20, "training.batch_size": 8, "training.batch_ramp_start": 0,
         "training.accumulation_steps": 1, "optimizer.learning_rate": 3e-3, "optimizer.warmup_fraction": 0.1,
+        "optimizer.plateau_until": max(config.optimizer.plateau_until, 0.1),
         "evaluation.every_steps": 0, "evaluation.batches": 4, "evaluation.samples": 1, "evaluation.sample_tokens": 16,
         "evaluation.decode_prompts": 0,
         "checkpoint.every_steps": 10, "checkpoint.initialize_from": "",

@@ -1,12 +1,17 @@
 """DeepSeek-V3, 671B parameters, 37B a token: shape and pre-training as V3 §4.2 and its released config give them.
 
-Question: none; this is the recipe. Command (its shape in small, seconds of training):
+Question: none; this is the recipe. The arm `yarn` is the model after its extension to 128K positions (R1's shape).
+Command (its cost; its shape in small, seconds of training):
+    python -m research.account --config=experiments/deepseek_v3.py
     python -m research.main --config=experiments/deepseek_v3.py:smoke --workdir=runs/deepseek_v3_smoke
 Result: 671,026,419,200 parameters without the multi-token module, 37.55B active (tests/accounting). The full run: not
 yet run.
 """
 
 from experiments import base
+
+YARN = {"model.rope_scaling.type": "yarn", "model.rope_scaling.factor": 40.0, "model.max_position_embeddings": 163840}
+SWEEP = {"yarn": YARN}
 
 
 def get_config(arms: str = ""):
@@ -26,4 +31,4 @@ def get_config(arms: str = ""):
     c.training.batch_ramp_start = 3072
     c.training.ema_decay = 0.999  # the report keeps an average and does not print its decay
     c.optimizer.moment_dtype = "bfloat16"
-    return base.select(c, arms)
+    return base.select(c, arms, SWEEP)

@@ -46,7 +46,7 @@ STEPS_AT_ONCE = 16  # between two looks at what there is to print
 def main() -> None:
     check_flags()
     prompts = read_prompts()
-    decoder, tokenizer, first = load(Path(_CHECKPOINT.value).expanduser())
+    decoder, tokenizer, first = load(Path(_CHECKPOINT.value).expanduser(), _RECIPE.value, _CACHE.value)
     drafts = 0
     if _SPECULATIVE.value:
         drafts = decoder.model.mtp.num_nextn_predict_layers if _DRAFTS.value is None else _DRAFTS.value
@@ -157,8 +157,8 @@ def read_prompts() -> list[str]:
     return prompts
 
 
-def load(folder: Path):
-    """(Decoder, tokenizer, the ids that every prompt begins with) of a checkpoint."""
+def load(folder: Path, recipe: str | None, cache_dtype: str | None):
+    """(Decoder, tokenizer, the ids that every text begins with) of a checkpoint; the names are the flags'."""
     if not folder.is_dir():
         raise RequestError(f"--checkpoint={str(folder)!r} is not a directory" if folder.exists() else
                            f"--checkpoint={str(folder)!r} does not exist")
@@ -173,7 +173,7 @@ def load(folder: Path):
         raise RequestError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
                            f"{settings.model.vocab_size}")
     first = [tokenizer.bos_id] if tokenizer.begins_with_bos else []
-    return Decoder(model, variables, _RECIPE.value, _CACHE.value), tokenizer, first
+    return Decoder(model, variables, recipe, cache_dtype), tokenizer, first
 
 
 def report(result) -> str:

@@ -14,7 +14,8 @@ _CONFIG = flags.DEFINE_string(
 _FIELDS = flags.DEFINE_multi_string(
     "config.", [], "--config.group.field=value changes a field; experiments/base.py lists them.", FLAGS)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where the run is written, and continued when it is there already.", FLAGS)
+    "workdir", None, "Where the run is written, and continued when it is there already; --mode=eval also takes a "
+    "Hugging Face folder.", FLAGS)
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "eval"], "train, or evaluate the newest checkpoint on all held-out text.", FLAGS)
 _PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of three steps to WORKDIR/profile, for xprof.", FLAGS)
@@ -24,22 +25,35 @@ def main() -> None:
     if not _WORKDIR.value:
         raise RequestError("--workdir is required: the directory of the run")
     workdir = Path(_WORKDIR.value).expanduser()
+    foreign = not (workdir / "checkpoints").is_dir() and any(workdir.glob("*.safetensors"))
+    if foreign and (_MODE.value == "train" or _CONFIG.value):
+        raise RequestError(f"--workdir={workdir} is a Hugging Face folder: it is evaluated without --config, and a run "
+                           "starts from it with --config.checkpoint.initialize_from")
     if _CONFIG.value:
         chosen = experiment.load(_CONFIG.value)
     elif _MODE.value == "eval":
-        chosen = config.read(workdir).to_config()
+        chosen = config_of_folder(workdir) if foreign else config.read(workdir).to_config()
     else:
         raise RequestError("--config is required: an experiment such as experiments/nano.py")
     settings = config.check(experiment.change(chosen, _FIELDS.value))
 
     with command.stops_held():
         from research import summary  # after the checks that need no JAX: a wrong field is answered at once
-        from research.training import loop
+        from research.interop.weights import weights_alone
+        from research.training import evaluation, loop
 
     if _MODE.value == "train":
         print(summary.of_training(loop.train(settings, workdir, profile=_PROFILE.value)))
     else:
-        print(summary.of_evaluation(loop.evaluate_newest(settings, workdir)))
+        evaluate = evaluation.evaluate_weights if weights_alone(workdir) else loop.evaluate_newest
+        print(summary.of_evaluation(evaluate(settings, workdir)))
+
+
+def config_of_folder(folder: Path):
+    """The config of a Hugging Face folder."""
+    with command.stops_held():
+        from research.interop.huggingface import read_settings  # it imports NumPy
+    return read_settings(folder).to_config()
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ def of_training(result: dict) -> str:
 
 
 def of_evaluation(result: dict) -> str:
-    """The same for an evaluation alone."""
-    return _table([("step", f"{result['step']:,}"), *_quality(result)])
+    """The same for an evaluation alone; weights that come without a run are of no step."""
+    step = [("step", f"{result['step']:,}")] if "step" in result else []
+    return _table([*step, *_quality(result)])
 
 
 def _quality(result: dict) -> list[tuple[str, str]]:

@@ -3,12 +3,16 @@
 import re
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments import base
 from research import config, experiment
 from research.accounting import flops, parameters
 from research.errors import RequestError
+from research.model.build import make_model
+from research.training.step import abstract_state, make_train_step
 from tests.training import runs
 
 FILES = sorted(path.relative_to(runs.ROOT).as_posix() for path in (runs.ROOT / "experiments").glob("[!_]*.py")
@@ -27,6 +31,17 @@ ARMS = [(file, arm) for file in FILES for arm in ("", *arms_of(file))]
 
 def load(file: str, arms: str):
     return experiment.load(f"{runs.ROOT / file}:{arms}")
+
+
+def code_paths(file: str) -> tuple:
+    """What decides which code a smoke of the file runs; tests/model has all routers, tests/training all optimisers."""
+    c = load(file, "smoke")
+    return c.model.attention, bool(c.model.n_routed_experts), c.precision.recipe
+
+
+FIRST = {}  # the file that trains for all whose smokes run the same code
+for _file in ("experiments/nano.py", *FILES):
+    FIRST.setdefault(code_paths(_file), _file)
 
 
 def test_there_are_experiments():
@@ -103,14 +118,37 @@ def test_an_experiment_says_its_command(file):
     assert text.startswith('"""') and "--config=" + file in text
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_the_smoke_trains(file, tmp_path):
-    steps = 20 if file == "experiments/nano.py" else 1
+@pytest.mark.parametrize("file", [file for file in FILES if file not in FIRST.values()])
+def test_the_step_of_a_smoke_is_traced(file):
+    """Shapes and dtypes of a whole step; what it computes is trained by the file of the same code paths."""
+    settings = config.check(load(file, "smoke")).with_vocabulary(262)
+    model = make_model(settings)
+    state = abstract_state(model, settings)
+    shape = settings.training.batch_size, settings.data.sequence_length
+    batch = {f"{name}_BT": jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "targets", "segments",
+                                                                              "positions")}
+    batch["mask_BT"] = jax.ShapeDtypeStruct(shape, bool)
+    after, metrics = jax.eval_shape(make_train_step(model, settings), state, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert metrics["mtp_loss"].shape == (settings.mtp.num_nextn_predict_layers,)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Of tokens and compiled programs, for all smokes."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize("file", FIRST.values())
+def test_the_smoke_trains(file, tmp_path, cache):
+    """20 steps of the default one, one step of the others, whose equal layers are compiled once."""
+    steps, unroll = (20, 0) if file == "experiments/nano.py" else (1, 1)
     workdir = tmp_path / "run"
     code, out, err = runs.finish(runs.start([
         sys.executable, "-m", "research.main", f"--config={file}:smoke", f"--workdir={workdir}",
-        f"--config.data.cache={tmp_path}/cache", f"--config.training.steps={steps}", "--config.data.max_documents=60",
-        "--config.data.validation_fraction=0.03", "--config.evaluation.samples=0"], tmp_path / "cache",
+        f"--config.data.cache={cache}", f"--config.training.steps={steps}", "--config.data.max_documents=60",
+        f"--config.model.scan_unroll={unroll}", "--config.data.validation_fraction=0.03",
+        "--config.evaluation.samples=0"], cache,
         XLA_FLAGS="--xla_backend_optimization_level=0"))  # compiles in half the time
     assert code == 0, err
     assert "bits per byte" in out and "Traceback" not in err

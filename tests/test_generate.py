@@ -143,7 +143,7 @@ def test_wrong_requests(words, pattern, folder, bare, capsys):
 
 def test_no_token_is_drawn_beyond_the_end(folder):
     """The end-of-text token stops a row, and is its last."""
-    decoder, _, _ = LOADED(folder)
+    decoder, _, _ = LOADED(folder, None, None)
     found = decoder.generate([[5, 6, 7]], 30, ends=[383])
     end = found.tokens[0][4]
     stopped = decoder.generate([[5, 6, 7]], 30, ends=[end])

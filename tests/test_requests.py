@@ -140,6 +140,8 @@ WRONG = [
     field("data.source=files", r"data\.files='' must name files"),
     field("data.source=huggingface", r"data\.huggingface_dataset='' must name a dataset"),
     field("data.validation_fraction=0", r"data\.validation_fraction=0\.0 must be above 0"),
+    field("data.validation_fraction=1", r"data\.validation_fraction=1\.0 leaves nothing to train on"),
+    field("data.validation_fraction=1.5", r"data\.validation_fraction=1\.5 must be between 0 and 1"),
     field("data.validation_fraction=1e-9", r"data\.validation_fraction=1e-09 leaves none of 200 documents"),
     field("data.tokenizer=tiktoken", r"data\.tokenizer='tiktoken' is neither bytes nor bpe, nor a path"),
     field("data.tokenizer={data}/corpus", r"data\.tokenizer='{data}/corpus' cannot be used: .*tokenizer\.json"),

@@ -20,15 +20,20 @@ def _block(q_BGQTH, k_BGSH, v_BGSJ, query_segments_BT, key_segments_BS, scale: f
     return (o_BGQTJ / jnp.sum(e_BGQTS, axis=-1, keepdims=True)).astype(v_BGSJ.dtype)
 
 
+def default_blocks(T: int) -> int:
+    """Blocks of queries: 4, or one for every 512 positions if that is more."""
+    return max(4, -(-T // 512))
+
+
 def attention(q_BTNH, k_BTGH, v_BTGJ, segments_BT, scale: float, recompute: bool, blocks: int | None = None):
     """See `kernels.attention.attention`.
 
     recompute: scores are computed again in the backward pass, so that one block's are alive at a time. blocks: of
-    queries; None: 4, or one for every 512 positions if that is more.
+    queries; None: `default_blocks`.
     """
     B, T, N, _ = q_BTNH.shape
     G = k_BTGH.shape[2]
-    block = -(-T // (blocks or max(4, -(-T // 512))))
+    block = -(-T // (blocks or default_blocks(T)))
     q_BGQTH = q_BTNH.reshape(B, T, G, N // G, -1).transpose(0, 2, 3, 1, 4)
     k_BGTH, v_BGTJ = k_BTGH.transpose(0, 2, 1, 3), v_BTGJ.transpose(0, 2, 1, 3)
     one = partial(_block, scale=scale)

@@ -5,6 +5,8 @@ backward pass, as on an H200 (whose kernels pad, lay out and recompute otherwise
 allocated or compiled.
 """
 
+import contextlib
+import functools
 from dataclasses import replace
 
 import jax
@@ -15,10 +17,13 @@ from ml_collections import FrozenConfigDict
 from tqdm import tqdm
 
 from kernels.choice import meant_for_h200
-from research import command, config, experiment
+from research import command, config
+from research.accounting.parameters import is_routed_expert, shapes, with_plain_attention
+from research.accounting.request import settings_of
 from research.environment import runnable
 from research.errors import RequestError, nearest
 from research.model.build import make_model, variable_shapes
+from research.precision.quantize import weight
 from research.precision.recipe import RECIPES
 from research.training.optimizer import make_optimizer
 from research.training.step import loss_of
@@ -91,6 +96,91 @@ def bytes_of(leaves) -> int:
     return sum(leaf.size * 12 // 8 if leaf.dtype == jnp.float16 else leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
+def of_device(settings, gpu: bool) -> dict[str, int]:
+    """Bytes of one device of the settings' mesh in training, on a Hopper GPU or, not `gpu`, on this machine's device.
+
+    weights: as the products read them (16 bits, or the 8-bit copies); master, moments, average (of the weights):
+    float32, moments as the config says. Everything that one weight has is divided by fsdp, tensor and pipeline, routed
+    experts by expert; master, moments and average also by the rest of the mesh (ZeRO-1). activations: what the forward
+    pass keeps of a device's rows of one of the `accumulation_steps` pieces (experts see those of all devices of the
+    axis expert, and pad them), as many of them in flight as the pipeline has stages (1F1B). buffers: what the backward
+    pass has beside them at its beginning. total: the largest sum that is alive at once, where gradients take the place
+    of activations, unless they are accumulated over pieces.
+    """
+    settings = with_plain_attention(settings)
+    if not gpu and settings.precision.recipe == "bfloat16":  # XLA:CPU multiplies 16 bits through float32 copies, and
+        settings = with_recipe(settings, "float32")  # keeps those
+    mesh, pieces, recipe = settings.mesh, settings.training.accumulation_steps, RECIPES[settings.precision.recipe]
+    devices = mesh.data * mesh.fsdp * mesh.expert * mesh.tensor * mesh.pipeline
+    params = shapes(settings)
+    sizes = {path: leaf.size for path, leaf in params.items()}
+    routed = sum(size for path, size in sizes.items() if is_routed_expert(path))
+    total = sum(sizes.values())
+    held = (total - routed + routed / mesh.expert) / (mesh.fsdp * mesh.tensor * mesh.pipeline)
+    rows = settings.training.batch_size // (mesh.data * mesh.fsdp * mesh.expert * pieces)
+    tokens = rows * settings.data.sequence_length
+    kept, copies = _kept_and_copies(settings, rows * mesh.expert, gpu)
+    in_flight = min(mesh.pipeline, pieces) / mesh.pipeline
+    of = {
+        "weights": 4 * held if recipe.name == "float32" else copies * held / total if recipe.quantized else 2 * held,
+        "master": 0 if recipe.name == "float32" else 4 * total / devices,
+        "gradients": 4 * held,
+        "moments": bytes_of(jax.tree.leaves(jax.eval_shape(make_optimizer(settings).init, params))) / devices,
+        "average": 4 * total / devices if settings.training.ema_decay else 0,
+        "activations": kept / mesh.expert * in_flight / mesh.tensor,
+        "buffers": _passing(settings, tokens) / mesh.tensor,
+    }
+    state = of["weights"] + of["master"] + of["moments"] + of["average"]
+    passing = max(of["activations"] + of["buffers"], of["gradients"])
+    of["total"] = state + passing + (of["gradients"] if pieces > 1 else 0)
+    return {name: round(size) for name, size in of.items()}
+
+
+def with_recipe(settings, name: str):
+    """The settings under another recipe."""
+    return replace(settings, precision=FrozenConfigDict({**settings.precision, "recipe": name}))
+
+
+def _passing(settings, tokens: int) -> float:
+    """Bytes that the backward pass has of so many tokens besides what is kept: the logits' softmax and gradient, or
+    what a layer of experts has of its rows (three as wide as the model, six as an expert), whichever is more."""
+    m = settings.model
+    logits = 2 * 4 * tokens * m.vocab_size
+    if not m.n_routed_experts:
+        return logits
+    width = jnp.dtype(RECIPES[settings.precision.recipe].activations).itemsize
+    rows = tokens * m.num_experts_per_tok
+    return max(logits, width * rows * (3 * m.hidden_size + 6 * m.moe_intermediate_size))
+
+
+def _kept_and_copies(settings, rows: int, gpu: bool) -> tuple[int, int]:
+    """What the whole model keeps of so many rows; and of its weights, whatever the rows: their copies in 8 bits."""
+    if not gpu and not settings.model.scan_unroll and settings.model.remat != "none":
+        # XLA computes once what is written twice: nothing is computed again where layers are not in a loop of their own
+        settings = replace(settings, model=FrozenConfigDict({**settings.model, "remat": "none"}))
+    with runnable(), meant_for_h200() if gpu else contextlib.nullcontext():
+        kept, copies = bytes_of(of_model(settings, rows * settings.data.sequence_length)), _copies(settings)
+    return kept - copies, copies
+
+
+def _copies(settings) -> int:
+    """Bytes of the quantised weights that the forward pass keeps for the backward pass."""
+    model = make_model(settings)
+    recipe, products = model.products.recipe, model.products
+    if not recipe.quantized:
+        return 0
+    of = functools.lru_cache(maxsize=None)(lambda shape: bytes_of(jax.tree.leaves(jax.eval_shape(
+        lambda w: weight(w, recipe.forward.right, products.implementation)[1].packed(),
+        jax.ShapeDtypeStruct(shape, jnp.float32)))))
+    total = 0
+    for path, leaf in shapes(settings).items():
+        name = path.removesuffix("/kernel").rsplit("/", 1)[-1]
+        if name in config.PROJECTIONS and products.quantizes(name):
+            layers, shape = (1, leaf.shape) if path.startswith("mtp_") else (leaf.shape[0], leaf.shape[1:])
+            total += layers * of(shape)
+    return total
+
+
 def count(settings) -> dict:
     """Bytes: `weights`; `optimizer`; `kept` and `kept_per_token` of each of the `parts` and the `model`, on an H200.
 
@@ -98,9 +188,7 @@ def count(settings) -> dict:
     """
     tokens = settings.training.batch_size // settings.training.accumulation_steps * settings.data.sequence_length
     params = variable_shapes(make_model(settings), settings)["params"]
-    if settings.model.attention_implementation == "auto":  # cuDNN's, which keeps its output too, asks for the library
-        model = FrozenConfigDict({**settings.model, "attention_implementation": "xla"})
-        settings = replace(settings, model=model)
+    settings = with_plain_attention(settings)
     with runnable(), meant_for_h200():
         once, twice = ({name: bytes_of(leaves) for name, leaves in found.items()} for found in (
             parts(settings, n) | {"model": of_model(settings, n)} for n in (tokens, 2 * tokens)))
@@ -118,12 +206,10 @@ def main() -> None:
     for name in _RECIPES.value:
         if name not in RECIPES:
             raise RequestError(f"--recipes={name!r} is none of {', '.join(RECIPES)}{nearest(name, RECIPES)}")
-    settings = config.check(experiment.change(experiment.load(_CONFIG.value), _FIELDS.value))
-    if settings.model.vocab_size is None:
-        settings = settings.with_vocabulary(settings.data.bpe_vocab_size)
+    settings = settings_of(_CONFIG.value, _FIELDS.value)
     lines = []
     for name in tqdm(_RECIPES.value, disable=None, leave=False):
-        found = count(replace(settings, precision=FrozenConfigDict({**settings.precision, "recipe": name})))
+        found = count(with_recipe(settings, name))
         parts_of = found["kept_per_token"]
         lines.append(f"{name:<24}{found['weights'] / 2**20:>11,.0f}{found['optimizer'] / 2**20:>11,.0f}"
                      f"{found['kept']['model'] / 2**20:>11,.0f}" + "".join(f"{x:>12,.0f}" for x in parts_of.values()))

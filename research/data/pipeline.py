@@ -40,9 +40,12 @@ class Corpus:
 def load_corpus(settings: Any, tokenizer: Tokenizer | None = None) -> Corpus:
     """The corpus of `settings.data`, through `tokenizer` where one is given (a checkpoint's), else `data.tokenizer`.
 
-    Tokens and a trained tokenizer are kept in `data.cache`. Raises RequestError for every wrong field of the data.
+    Tokens and a trained tokenizer are kept in `data.cache`. With `data.validation_fraction=1` all text is held out,
+    which the evaluation of a checkpoint alone can do with. Raises RequestError for every wrong field of the data.
     """
     data = settings.data
+    if data.validation_fraction == 1 and tokenizer is None:
+        raise RequestError.field("data.validation_fraction", data.validation_fraction, "leaves nothing to train on")
     documents = sources.documents(data)
     train, validation = sources.split(documents, data.validation_fraction)
     tokenizer = tokenizer or build(data, train)

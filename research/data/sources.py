@@ -53,12 +53,12 @@ def split(found: Sequence[Document], fraction: float) -> tuple[list[Document], l
     """(training, validation) documents: held out are those whose hash, as a number in [0, 1), is below `fraction`.
 
     The same text is on the same side on every machine, in every order and in every corpus; order is kept.
-    Raises RequestError where `fraction` > 0 leaves either side empty, naming one that does not.
+    Raises RequestError where a `fraction` above 0 and below 1 leaves either side empty, naming one that does not.
     """
     places = [int.from_bytes(document.digest[:8], "big") / 2**64 for document in found]
     train = [document for document, place in zip(found, places, strict=True) if place >= fraction]
     validation = [document for document, place in zip(found, places, strict=True) if place < fraction]
-    if fraction > 0 and not (train and validation):
+    if 0 < fraction < 1 and not (train and validation):
         distinct = sorted(set(places))
         side = "validation" if train else "training"
         if len(distinct) == 1:

@@ -1,22 +1,19 @@
-"""Hugging Face folders: their config.json as our settings, their safetensors as our variables.
+"""Hugging Face folders: their config.json as our settings.
 
-Read are deepseek_v2, deepseek_v3, qwen2 and llama with float32, bfloat16 or float16 weights. Where a key is absent
-the default of transformers' class stands; what this model cannot express is refused by name.
+Read are deepseek_v2, deepseek_v3, qwen2 and llama with float32, bfloat16 or float16 weights, or FP8 blocks. Where a key
+is absent the default of transformers' class stands; what this model cannot express is refused by name.
 """
 
 import re
 from pathlib import Path
 
-import numpy as np
 from absl import logging
 
 from experiments import base
 from research.config import Settings, check, flatten, nearest
 from research.errors import RequestError
-from research.interop.names import TOP, copies, places
-from research.interop.tensors import FLOATS, Tensor, list_tensors, read_json
-from research.model.build import make_model, variable_shapes
-from research.tree import map_paths, paths
+from research.interop import blocks
+from research.interop.tensors import FP8, Tensor, list_tensors, read_json
 
 REQUIRED = object()
 COMMON = {key: REQUIRED for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -58,21 +55,23 @@ def read_settings(folder: Path) -> Settings:
     file, key, value and expectation for what is missing, wrong or not supported.
     """
     folder = Path(folder)
-    tensors, path = _list(folder), folder / "config.json"
+    tensors, path = list_weights(folder), folder / "config.json"
     raw = read_json(path)
+    _check_blocks(path, raw, tensors)
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in MODELS:
         raise _wrong(path, "model_type", family, f"must be one of {', '.join(MODELS)}{nearest(str(family), MODELS)}")
     _check_fixed(path, raw, family)
-    model, announced = _model(path, raw, family)
+    model, announced = model_fields(path, raw, family)
     if announced and not any(_layer(name) >= model["num_hidden_layers"] for name in tensors):
         logging.warning("%s announces num_nextn_predict_layers=%d and the weights hold none of it: the model is read "
                         "without multi-token prediction", path, announced)
         announced = 0
-    _check_counts(path, model, announced, len(tensors))
+    check_counts(path, model, announced, len(tensors))
     config = base.get_config().to_dict()
     config["model"] |= model
     config["mtp"]["num_nextn_predict_layers"] = announced
+    config["data"]["validation_fraction"] = 1.0  # nothing of what a user gives was trained on here
     config["data"]["sequence_length"] = min(config["data"]["sequence_length"], model["max_position_embeddings"])
     try:
         return check(config)
@@ -80,45 +79,20 @@ def read_settings(folder: Path) -> Settings:
         raise RequestError(f"{path}: {error}") from None
 
 
-def read_variables(folder: Path, settings: Settings) -> dict:
-    """{`params`, `routing`} of the settings' model as float32 numpy arrays; one stored tensor at a time.
-
-    Strict: every tensor that is missing, left over, of another shape or of a dtype that is not read stands in one
-    RequestError, and so do those with NaN or infinite values and the copies that differ from their original.
-    """
-    folder = Path(folder)
-    tensors = _list(folder)
-    quantised = sorted(name for name, tensor in tensors.items()
-                       if name.endswith("_scale_inv") or tensor.dtype.startswith("F8"))
-    if quantised:
-        raise RequestError(f"{folder} holds FP8 weights ({quantised[0]} and {len(quantised) - 1} other tensors): "
-                           f"weights must be {', '.join(FLOATS)}")
-    _check_counts(folder / "config.json", settings.model, settings.mtp.num_nextn_predict_layers, len(tensors))
-    template = variable_shapes(make_model(settings), settings)
-    placed = {place.name: (path, place, leaf.shape[len(place.index):]) for path, leaf in paths(template).items()
-              for place in places(path.split("/", 1)[1], leaf.shape, settings.model)}
-    repeated = copies(settings)
-    if settings.model.tie_word_embeddings and TOP["lm_head"] in tensors:
-        repeated[TOP["lm_head"]] = TOP["embed_tokens"]
-    shapes = {name: shape[::-1] if place.transposed else shape for name, (_, place, shape) in placed.items()}
-    shapes |= {name: shapes[original] for name, original in repeated.items()}
-    _check_tensors(folder, tensors, shapes)
-
-    arrays = {path: np.empty(leaf.shape, np.float32) for path, leaf in paths(template).items()}
-    infinite = []
-    for name, (path, place, _) in placed.items():
-        values = tensors[name].read()
-        if not np.isfinite(values).all():
-            infinite.append(name)
-        arrays[path][place.index] = values.T if place.transposed else values
-    _refuse(folder, {"not finite (NaN or infinite values)": infinite})
-    different = [f"{name} (a copy of {original})" for name, original in repeated.items()
-                 if not np.array_equal(tensors[name].read(), tensors[original].read())]
-    _refuse(folder, {"different from the tensor that they repeat": different})
-    return map_paths(lambda path, _: arrays[path], template)
+def list_weights(folder: Path) -> dict[str, Tensor]:
+    """The folder's tensors without buffers that are computed anew."""
+    if not is_huggingface(folder):
+        pickled = sorted(path.name for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}"))
+        if pickled:
+            raise RequestError(f"{folder} holds its weights as {pickled[0]} only: pickles are never loaded; "
+                               "weights must be in *.safetensors")
+        raise RequestError(f"{folder} " + ("holds neither checkpoints/ nor *.safetensors" if folder.is_dir()
+                                           else "is not a directory" if folder.exists() else "does not exist"))
+    return {name: tensor for name, tensor in list_tensors(folder).items()
+            if not name.endswith(".rotary_emb.inv_freq")}
 
 
-def _model(path: Path, raw: dict, family: str) -> tuple[dict, int]:
+def model_fields(path: Path, raw: dict, family: str) -> tuple[dict, int]:
     """The fields of `config.model` that a config.json gives, and the number of multi-token modules it announces."""
     model, latent = _take(path, raw, MODELS[family]), family in ("deepseek_v2", "deepseek_v3")
     announced = _take(path, raw, {"num_nextn_predict_layers": 0})["num_nextn_predict_layers"] if latent else 0
@@ -141,51 +115,28 @@ def _model(path: Path, raw: dict, family: str) -> tuple[dict, int]:
     return model, announced
 
 
-def _list(folder: Path) -> dict[str, Tensor]:
-    """The folder's tensors without buffers that are computed anew."""
-    if not is_huggingface(folder):
-        pickled = sorted(path.name for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}"))
-        if pickled:
-            raise RequestError(f"{folder} holds its weights as {pickled[0]} only: pickles are never loaded; "
-                               "weights must be in *.safetensors")
-        raise RequestError(f"{folder} " + ("holds neither checkpoints/ nor *.safetensors" if folder.is_dir()
-                                           else "is not a directory" if folder.exists() else "does not exist"))
-    return {name: tensor for name, tensor in list_tensors(folder).items()
-            if not name.endswith(".rotary_emb.inv_freq")}
-
-
-def _check_tensors(folder: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
-    shared = sorted(tensors.keys() & shapes.keys())
-    _refuse(folder, {
-        "missing": sorted(shapes.keys() - tensors.keys()),
-        "left over": sorted(tensors.keys() - shapes.keys()),
-        "of another shape": [f"{name} is {list(tensors[name].shape)} and must be {list(shapes[name])}"
-                             for name in shared if tensors[name].shape != shapes[name]],
-        f"of a dtype other than {', '.join(FLOATS)}": [f"{name} is {tensors[name].dtype}" for name in shared
-                                                       if tensors[name].dtype not in FLOATS],
-    })
-
-
-def _refuse(folder: Path, problems: dict[str, list[str]]) -> None:
-    """Raises one RequestError that lists every name, by problem, unless there are none."""
-    found = [f"{len(names)} {problem}: " + ", ".join(name if name.isprintable() else repr(name) for name in names)
-             for problem, names in problems.items() if names]
-    if found:
-        raise RequestError(f"{folder}: the tensors are not those of its config.json: {'; '.join(found)}")
-
-
 def _layer(name: str) -> int:
     """The number of a tensor's layer; -1 for one of no layer."""
     match = re.match(r"model\.layers\.(\d{1,9})\.", name)
     return int(match[1]) if match else -1
 
 
-def _check_counts(path: Path, model, announced: int, tensors: int) -> None:
+def check_counts(path: Path, model, announced: int, tensors: int) -> None:
     """Refuses counts that the files cannot bear out, before anything is built of that many parts."""
     for key, value in (("num_hidden_layers", model["num_hidden_layers"]), ("num_nextn_predict_layers", announced),
                        ("n_routed_experts", model["n_routed_experts"])):
         if type(value) is not int or value > tensors:
             raise _wrong(path, key, value, f"must be a whole number, and the weights are only {tensors} tensors")
+
+
+def _check_blocks(path: Path, raw: dict, tensors: dict[str, Tensor]) -> None:
+    """Refuses FP8 weights that config.json does not announce."""
+    announced, held = blocks.check_config(path, raw), sorted(n for n, tensor in tensors.items() if tensor.dtype == FP8)
+    if held and not announced:
+        raise RequestError(f"{path} lacks quantization_config, and {held[0]} and {len(held) - 1} other tensors "
+                           f"are {FP8}")
+    if announced and not held:
+        logging.warning("%s announces FP8 blocks and no weight is %s: they are read as they are", path, FP8)
 
 
 def _check_fixed(path: Path, raw: dict, family: str) -> None:

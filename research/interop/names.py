@@ -8,10 +8,16 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from research.config import PROJECTIONS
+
 LEAVES = {"kernel": "weight", "scale": "weight"}  # the others keep their name
 MODULES = {"attention": "self_attn"}
 STACKS = ("gate_proj", "up_proj", "down_proj")  # the routed experts, where they are leaves
 TOP = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight", "norm/scale": "model.norm.weight"}
+
+
+SCALE = "_scale_inv"  # a weight in FP8 blocks has its scales under its own name and this ending
+IN_BLOCKS = tuple(name for name in PROJECTIONS if name != "eh_proj")  # what the release quantises
 
 
 class Place(NamedTuple):
@@ -52,9 +58,28 @@ def places(path: str, shape: tuple[int, ...], config) -> Iterator[Place]:
             yield Place(name, index, leaf == "kernel")
 
 
+def in_blocks(path: str) -> bool:
+    """Whether the release holds our array at `path` in FP8 blocks: its projections, but neither gate nor eh_proj."""
+    *modules, leaf = path.split("/")
+    return leaf in STACKS or (leaf == "kernel" and modules[-1] in IN_BLOCKS)
+
+
+def scales_path(path: str) -> str:
+    """Where our checkpoints hold the scales of an array that they hold in FP8 blocks."""
+    return "scales/" + path.split("/", 1)[1]
+
+
 def mtp_layer(depth: int, config) -> int:
     """The number under which the multi-token module of a depth (from 1) is stored."""
     return config.num_hidden_layers + depth - 1
+
+
+def repeats(settings) -> dict[str, list[str]]:
+    """{original: its copies}; see `copies`."""
+    table: dict[str, list[str]] = {}
+    for copy, original in copies(settings).items():
+        table.setdefault(original, []).append(copy)
+    return table
 
 
 def copies(settings) -> dict[str, str]:

@@ -20,6 +20,8 @@ MAX_RANK = 8
 ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2,
               "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+FP8 = "F8_E4M3"  # read with a scale for each block, see research/interop/blocks.py
+DTYPES = FLOATS | {FP8: np.dtype(ml_dtypes.float8_e4m3fn)}  # what is read and written
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,26 @@ class Tensor:
     dtype: str
     shape: tuple[int, ...]
 
-    def read(self) -> np.ndarray:
-        """The tensor in its stored dtype, one of FLOATS; a copy that depends on the file no more."""
-        count = math.prod(self.shape)
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    def read(self, first: int = 0, end: int | None = None) -> np.ndarray:
+        """Rows `first` to `end` of the first axis, or all, in the stored dtype, one of DTYPES.
+
+        A copy that depends on the file no more.
+        """
+        shape = self.shape
+        if shape:
+            shape = (len(range(*slice(first, end).indices(shape[0]))), *shape[1:])
+        count, row = math.prod(shape), math.prod(shape[1:]) * ITEM_BYTES[self.dtype]
         try:
-            values = np.fromfile(self.path, FLOATS[self.dtype], count, offset=self.begin)
+            values = np.fromfile(self.path, DTYPES[self.dtype], count, offset=self.begin + first * row)
         except OSError as error:
             raise RequestError(f"{self.path} cannot be read: {error.strerror}") from None
         if values.size != count:
             raise RequestError(f"{self.path} has become shorter while it was read")
-        return values.reshape(self.shape)
+        return values.reshape(shape)
 
 
 def read_json(path: Path, limit: int = MAX_HEADER_BYTES) -> dict:
@@ -102,11 +114,11 @@ def read_header(path: Path) -> dict[str, Tensor]:
     header.pop("__metadata__", None)
     tensors = {name: _place(path, name, entry, 8 + length) for name, entry in header.items()}
     end, before = 8 + length, "the header"
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, _bytes(item[1]))):
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
         if tensor.begin != end:
             what = "overlaps" if tensor.begin < end else "leaves a gap after"
             raise RequestError(f"{path}: the data of {name!r} {what} {before}: data_offsets must follow one another")
-        end, before = tensor.begin + _bytes(tensor), repr(name)
+        end, before = tensor.begin + tensor.nbytes, repr(name)
     if end != size:
         raise RequestError(f"{path} has {size} bytes where its header describes {end}: "
                            + ("it is truncated" if size < end else "data without a name are left over"))
@@ -135,10 +147,6 @@ def _place(path: Path, name: str, entry, data: int) -> Tensor:
         raise wrong(f"data_offsets={_shown(offsets)} must span the {_shown(described)} bytes of {dtype} "
                     f"{_shown(shape)}")
     return Tensor(path, data + offsets[0], dtype, tuple(shape))
-
-
-def _bytes(tensor: Tensor) -> int:
-    return math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
 
 
 def _shown(value) -> str:

@@ -1,25 +1,56 @@
 """Weights alone, out of either kind of checkpoint."""
 
+import json
 from pathlib import Path
+
+import numpy as np
 
 from research import config
 from research.errors import RequestError
-from research.interop import huggingface
+from research.interop import blocks, huggingface
+from research.interop.variables import read_variables
 from research.model.build import make_model, variable_shapes
 from research.training.checkpoint import Checkpoints, differences
+from research.tree import map_paths, paths
 
 
 def read_weights(folder: Path) -> tuple[config.Settings, dict]:
-    """Settings and {`params`, `routing`} of a workdir (its newest intact checkpoint) or a Hugging Face folder."""
+    """Settings and {`params`, `routing`} of a workdir (its newest intact checkpoint) or a Hugging Face folder.
+
+    In float32, whatever they are stored in: FP8 blocks are dequantised, and a recipe that quantises finds the same
+    bytes and scales again.
+    """
     if not (folder / "checkpoints").is_dir():
         settings = huggingface.read_settings(folder)
-        return settings, huggingface.read_variables(folder, settings)
+        return settings, read_variables(folder, settings)
     settings = config.read(folder)
     checkpoints = Checkpoints(folder / "checkpoints", settings.checkpoint.keep_last, settings.checkpoint.keep_best)
     step = checkpoints.newest_intact()
     if step is None:
         raise RequestError(f"{folder / 'checkpoints'} holds no intact checkpoint")
-    return settings, checkpoints.restore_weights(step)
+    return settings, _floats(checkpoints.restore_weights(step))
+
+
+def _floats(saved: dict) -> dict:
+    """{`params`, `routing`} in float32."""
+    scales = {f"params/{path}": leaf for path, leaf in paths(saved.get("scales", {})).items()}
+
+    def float32(path, leaf):
+        if path in scales:
+            return blocks.dequantize(np.asarray(leaf), np.asarray(scales[path]))
+        return leaf if leaf.dtype == np.float32 else np.asarray(leaf, np.float32)
+
+    return map_paths(float32, {name: saved[name] for name in ("params", "routing")})
+
+
+def weights_alone(folder: Path) -> bool:
+    """Whether a folder holds weights and no run: a Hugging Face folder, or what research.convert made of one."""
+    if not (folder / "checkpoints").is_dir():
+        return huggingface.is_huggingface(folder)
+    try:
+        return "weights_of" in json.loads((folder / "checkpoints/0/record/metadata").read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def variables_of(saved: dict, model, settings) -> tuple[dict, str]:

@@ -1,5 +1,6 @@
 """From settings to a model and its first weights."""
 
+import functools
 import zlib
 
 import jax
@@ -22,9 +23,15 @@ def make_model(settings) -> Transformer:
 
 def variable_shapes(model: Transformer, settings):
     """{`params`, `routing`, `amax`} as ShapeDtypeStructs: nothing is allocated, whatever the size."""
-    example = jax.ShapeDtypeStruct((1, min(8, settings.data.sequence_length)), jnp.int32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), example, example, example)
-    return {"params": variables["params"], "routing": variables.get("routing", {}), "amax": variables.get("amax", {})}
+    variables = _initialized(model, min(8, settings.data.sequence_length))
+    return {name: jax.tree.map(lambda leaf: leaf, variables.get(name, {})) for name in ("params", "routing", "amax")}
+
+
+@functools.lru_cache(maxsize=8)
+def _initialized(model: Transformer, length: int):
+    """Shapes of all variables; kept, because tracing DeepSeek-V3 takes seconds."""
+    example = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), example, example, example)
 
 
 def init_variables(model: Transformer, settings, seed: int):

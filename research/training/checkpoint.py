@@ -2,7 +2,8 @@
 
 Under DIR/checkpoints:
 
-    <step>/state           the arrays (Orbax, OCDBT, not compressed: zstd takes 5 times as long for 8% less)
+    <step>/state           the arrays (Orbax, OCDBT, not compressed: zstd takes 5 times as long for 8% less; what
+                           research.convert writes: research/interop/storage.py)
     <step>/record          what goes with them, as JSON: data position, timing, fingerprint
     <step>/metrics         the validation loss by which the best are kept
     <step>/manifest.json   size and SHA-256 of every other file of the step
@@ -20,7 +21,7 @@ import logging as python_logging
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,15 @@ from research.errors import RequestError, RunError
 MANIFEST = "manifest.json"
 
 
-def seal(folder: Path) -> None:
-    """Writes the manifest of everything in `folder`, after everything has reached the disk."""
-    files = {}
-    for name, path in _files(folder).items():
+def seal(folder: Path, known: dict[str, str] | None = None) -> None:
+    """Writes the manifest of everything in `folder`, after everything has reached the disk.
+
+    known: SHA-256 by name of files whose writer has computed it.
+    """
+    files, known = {}, known or {}
+    for name, path in files_of(folder).items():
         _sync(path)
-        files[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        files[name] = {"bytes": path.stat().st_size, "sha256": known.get(name) or _digest(path)}
     with (folder / MANIFEST).open("w") as file:
         json.dump({"files": files}, file, separators=(",", ":"))
         file.flush()
@@ -49,27 +53,35 @@ def seal(folder: Path) -> None:
         _sync(directory)
 
 
-def damage(folder: Path) -> str:
-    """The first thing that is wrong with a sealed folder, file first; empty when every byte is as it was sealed."""
+def sealed(folder: Path) -> dict[str, tuple[int, str]]:
+    """{name: (size, SHA-256)} of a sealed folder's manifest."""
+    files = json.loads((folder / MANIFEST).read_bytes())["files"]
+    return {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+
+
+def damage(folder: Path, unread: Container[str] = ()) -> str:
+    """The first thing that is wrong with a sealed folder, file first; empty when every byte is as it was sealed.
+
+    unread: names of files whose content the caller compares with its digest as it reads them.
+    """
     try:
-        files = json.loads((folder / MANIFEST).read_bytes())["files"]
-        sealed = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+        expected = sealed(folder)
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
-    found = _files(folder)
-    for name in sealed:
+    found = files_of(folder)
+    for name in expected:
         if name not in found:
             return f"{name} is missing"
     for name in found:
-        if name not in sealed:
+        if name not in expected:
             return f"{name} is not in {MANIFEST}"
-    for name, (size, digest) in sealed.items():
+    for name, (size, digest) in expected.items():
         try:
             if found[name].stat().st_size != size:
                 return f"{name} has {found[name].stat().st_size} bytes instead of {size}"
-            if _digest(found[name]) != digest:
+            if name not in unread and _digest(found[name]) != digest:
                 return f"{name} has changed: its SHA-256 is not the one in {MANIFEST}"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
@@ -90,8 +102,7 @@ class Checkpoints:
         self._saving: int | None = None  # the step that the background thread is at
         self._damage: dict[int, str] = {}  # by step checked: what is wrong, empty for nothing
         self._named: set[int] = set()
-        for logger in ("absl", "asyncio"):
-            python_logging.getLogger(logger).addFilter(_without_orbax)
+        _quiet()
 
     def save(self, step: int, state: Any, record: dict[str, Any], loss: float | None = None) -> None:
         """Starts to save `state` (a pytree of arrays) with `record` (JSON); returns before they are on disk.
@@ -152,17 +163,23 @@ class Checkpoints:
         one, the sharding. Raises RequestError, before any array is read, when they are not those of the checkpoint.
         """
         path = self._intact(step)
-        found = differences(_metadata(path), abstract_state)
+        record = json.loads((path / "record" / "metadata").read_text())
+        if "weights_of" in record:
+            raise RequestError(f"{path} holds weights alone: a run starts from them in a workdir of its own, with "
+                               "--config.checkpoint.initialize_from")
+        found = differences(saved_tree(path), abstract_state)
         if found:
             raise RequestError(f"{path} belongs to another model: {found}")
-        state = _read(path, abstract_state)
-        return state, json.loads((path / "record" / "metadata").read_text())
+        return _read(path, abstract_state), record
 
     def restore_weights(self, step: int) -> dict[str, Any]:
-        """`params`, `routing` and, where it was saved, `ema` of `step`, without knowledge of model or optimiser."""
+        """`params`, `routing` and, where they were saved, `ema` and `scales` of `step`, as they are stored.
+
+        Without knowledge of model or optimiser. `scales`: of weights in FP8 blocks, see research/interop/storage.py.
+        """
         path = self._intact(step)
-        saved = _metadata(path)
-        return _read(path, {name: saved[name] for name in ("params", "routing", "ema") if saved.get(name) is not None})
+        saved, names = saved_tree(path), ("params", "routing", "ema", "scales")
+        return _read(path, {name: saved[name] for name in names if saved.get(name) is not None})
 
     def list(self) -> Sequence[int]:
         """The steps on disk, ascending, damaged ones included."""
@@ -262,9 +279,10 @@ class _Retention(ocp.checkpoint_managers.PreservationPolicy):
         return [info.step in kept for info in checkpoints]
 
 
-def _files(folder: Path) -> dict[str, Path]:
+def files_of(folder: Path) -> dict[str, Path]:
     """Every file below `folder` by name, but the manifest, and hidden ones that a file manager may have left."""
-    paths = sorted(path for path in folder.rglob("*") if not path.is_dir() and not path.name.startswith("."))
+    paths = sorted(path for path in folder.rglob("*") if not path.is_dir()
+                   and (path.name == ".zarray" or not path.name.startswith(".")))
     return {path.relative_to(folder).as_posix(): path for path in paths if path != folder / MANIFEST}
 
 
@@ -282,8 +300,9 @@ def _sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def _metadata(path: Path) -> dict[str, Any]:
-    """The saved state as a tree of dicts and lists with a shape and a dtype at each leaf."""
+def saved_tree(path: Path) -> dict[str, Any]:
+    """The state saved in a step's folder as a tree of dicts and lists with a shape and a dtype at each leaf."""
+    _quiet()
     return ocp.PyTreeCheckpointHandler().metadata(epath.Path(path / "state")).tree
 
 
@@ -334,6 +353,11 @@ def _reason(error: BaseException) -> str:
         if known in str(error):
             return known
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _quiet() -> None:
+    for logger in ("absl", "asyncio"):
+        python_logging.getLogger(logger).addFilter(_without_orbax)
 
 
 def _without_orbax(record: python_logging.LogRecord) -> bool:

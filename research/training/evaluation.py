@@ -1,26 +1,36 @@
 """Bits per byte and multi-token accuracy on held-out text."""
 
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
-from research.data.pipeline import validation_batches
+from research import environment
+from research.data.pipeline import load_corpus, validation_batches
+from research.data.tokenizer import Tokenizer
+from research.errors import RequestError
+from research.interop.weights import read_weights, variables_of
+from research.model.build import make_model
+from research.training.step import make_eval_step
 
 
-def evaluate(eval_step, state, corpus, settings, batches: int | None = None) -> dict:
+def evaluate(eval_step, state, corpus, settings, batches: int | None = None, bar: bool = False) -> dict:
     """Loss over `batches` evaluation batches of held-out text; None: all of it, every next-token target once.
 
     The average of the weights is evaluated where there is one. `loss`: nats a target; `bits_per_byte`: over all
     targets, end of text included, for the UTF-8 bytes of the documents (scaled from the part that was read);
     `mtp_accuracy`: share of targets that each depth's likeliest token hits, the text before them given: an upper
-    guide to, not a measure of, what drafting accepts.
+    guide to, not a measure of, what drafting accepts. bar: show on a terminal how far it is.
     """
     params = state["params"] if state["ema"] is None else state["ema"]
     sums = None
-    for batch in validation_batches(corpus, settings, batches):
-        part = jax.tree.map(lambda x: np.asarray(x, np.float64), eval_step(params, state["routing"], batch))
-        sums = part if sums is None else jax.tree.map(np.add, sums, part)
+    with tqdm(total=corpus.validation.targets, unit=" tokens", disable=None if bar else True) as progress:
+        for batch in validation_batches(corpus, settings, batches):
+            part = jax.tree.map(lambda x: np.asarray(x, np.float64), eval_step(params, state["routing"], batch))
+            sums = part if sums is None else jax.tree.map(np.add, sums, part)
+            progress.update(int(part["targets"]))
     loss = float(sums["nats"] / max(sums["targets"], 1))
     return {
         "loss": loss,
@@ -28,3 +38,20 @@ def evaluate(eval_step, state, corpus, settings, batches: int | None = None) -> 
         "mtp_accuracy": (sums["mtp_hits"] / np.maximum(sums["mtp_targets"], 1)).tolist(),
         "targets": int(sums["targets"]),
     }
+
+
+@environment.runnable()
+def evaluate_weights(settings, folder: Path) -> dict:
+    """Evaluates a Hugging Face folder, or what research.convert wrote, on the text that `settings.data` holds out.
+
+    Writes nothing. Tokens are those of the folder's own tokenizer.json. Raises RequestError.
+    """
+    corpus = load_corpus(settings, Tokenizer.load(folder))
+    model = make_model(settings)
+    variables, wrong = variables_of(read_weights(folder)[1], model, settings)
+    if wrong:
+        raise RequestError(f"--workdir={folder} holds another model: {wrong}")
+    environment.pin_threads()
+    state = jax.device_put(variables) | {"ema": None}
+    return {"gzip_bits_per_byte": corpus.gzip_bits_per_byte, "held_out_bytes": corpus.validation_bytes,
+            "validation": evaluate(make_eval_step(model, settings), state, corpus, settings, None, True)}

@@ -19,14 +19,16 @@ from safetensors.numpy import load_file, save_file
 from experiments import base
 from research import config
 from research.errors import RequestError
-from research.interop.huggingface import is_huggingface, read_settings, read_variables
+from research.interop.huggingface import is_huggingface, read_settings
+from research.interop.variables import read_variables
 from research.model.attention import MultiHeadLatentAttention
 from research.model.build import make_model, variable_shapes
 from research.score import logits
 from research.tree import map_paths, paths
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-FOLDERS = ("deepseek_v2_tiny", "deepseek_v3_tiny", "deepseek_v3_tiny_mtp", "llama3_tiny", "qwen2_tiny")
+FOLDERS = ("deepseek_v2_tiny", "deepseek_v3_tiny", "deepseek_v3_tiny_fp8", "deepseek_v3_tiny_mtp", "llama3_tiny",
+           "qwen2_tiny")
 V3 = "deepseek_v3_tiny"
 Q_A = "model.layers.1.self_attn.q_a_proj.weight"
 
@@ -295,7 +297,7 @@ def test_every_array_comes_back(dtype, shards, tmp_path):
     write(tmp_path, tensors, raw, shards)
     assert read_settings(tmp_path) == settings
     back = read_variables(tmp_path, settings)
-    assert jax.tree.structure(back) == jax.tree.structure(variables)
+    assert jax.tree.structure(back | {"amax": {}}) == jax.tree.structure(variables)
     for path, leaf in paths(back).items():
         assert leaf.dtype == np.float32, path
         np.testing.assert_array_equal(leaf, paths(variables)[path], err_msg=path)
@@ -369,9 +371,3 @@ def test_a_tied_head_may_be_stored_and_must_then_be_the_embedding(tmp_path):
     read_variables(folder, read_settings(folder))
     tensors["lm_head.weight"] = tensors["lm_head.weight"] * 2
     refused(copy("qwen2_tiny", tmp_path / "other", tensors=tensors), "lm_head.weight", "different")
-
-
-def test_fp8_weights_are_refused(tmp_path):
-    tensors = weights(V3)
-    tensors[f"{Q_A}_scale_inv"] = np.ones((1, 1), np.float32)
-    refused(copy(V3, tmp_path / "scale", tensors=tensors), "FP8", f"{Q_A}_scale_inv")

@@ -1,0 +1,110 @@
+"""The tensors of a Hugging Face folder as our variables: strict, one tensor at a time."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from research.errors import RequestError
+from research.interop import blocks
+from research.interop.huggingface import check_counts, list_weights
+from research.interop.names import SCALE, TOP, Place, copies, in_blocks, places
+from research.interop.tensors import FLOATS, FP8, Tensor
+from research.model.build import make_model, variable_shapes
+from research.tree import paths
+
+
+class Array(NamedTuple):
+    """One of our arrays: `params/layers/mlp/gate_proj`, its shape, and the tensors of theirs that make it up."""
+
+    path: str
+    shape: tuple[int, ...]
+    places: tuple[Place, ...]
+
+    @property
+    def their_shape(self) -> tuple[int, ...]:
+        """Of each of its tensors."""
+        shape = self.shape[len(self.places[0].index):]
+        return shape[::-1] if self.places[0].transposed else shape
+
+
+@lru_cache(maxsize=4)  # tracing a model takes a second
+def arrays_of(settings) -> dict[str, Array]:
+    """{path: Array} of the settings' model, from shapes alone."""
+    shapes = variable_shapes(make_model(settings), settings)
+    return {path: Array(path, leaf.shape, tuple(places(path.split("/", 1)[1], leaf.shape, settings.model)))
+            for path, leaf in paths({name: shapes[name] for name in ("params", "routing")}).items()}
+
+
+def checked_tensors(folder: Path, settings, arrays: dict[str, Array]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The folder's tensors by name, and {copy: original} of those that only repeat another one.
+
+    Every tensor that is missing, left over, of another shape or of a dtype that is not read stands in one RequestError.
+    """
+    tensors = list_weights(folder)
+    check_counts(folder / "config.json", settings.model, settings.mtp.num_nextn_predict_layers, len(tensors))
+    repeated = copies(settings)
+    if settings.model.tie_word_embeddings and TOP["lm_head"] in tensors:
+        repeated[TOP["lm_head"]] = TOP["embed_tokens"]
+    owners = {place.name: array for array in arrays.values() for place in array.places}
+    shapes = {name: array.their_shape for name, array in owners.items()}
+    shapes |= {name: shapes[original] for name, original in repeated.items()}
+    narrow = {name for name, array in owners.items()
+              if name in tensors and tensors[name].dtype == FP8 and in_blocks(array.path)}
+    scales = {name + SCALE: blocks.scale_shape(shapes[name]) for name in narrow}
+    alone = {name for name in tensors if name.endswith(SCALE)} - scales.keys()
+    expected = shapes | scales
+    shared = sorted(tensors.keys() & expected.keys())
+    refuse(folder, {
+        "missing": sorted(shapes.keys() - tensors.keys()),
+        "left over": sorted(tensors.keys() - expected.keys() - alone),
+        f"in {FP8} without their scales": sorted(name for name in narrow if name + SCALE not in tensors),
+        f"scales without a weight in {FP8}": sorted(alone),
+        "of another shape": [f"{name} is {list(tensors[name].shape)} and must be {list(expected[name])}"
+                             for name in shared if tensors[name].shape != expected[name]],
+        "of a dtype that is not read": [
+            f"{name} is {tensors[name].dtype} and must be {'F32' if name in scales else ', '.join(FLOATS)}"
+            for name in shared if name not in narrow
+            and tensors[name].dtype not in (("F32",) if name in scales else FLOATS)],
+    })
+    return tensors, repeated
+
+
+def read_variables(folder: Path, settings) -> dict:
+    """{`params`, `routing`} of the settings' model as float32 numpy arrays, FP8 blocks dequantised.
+
+    Strict: see `checked_tensors`; tensors with NaN or infinite values, and copies that differ from their original,
+    stand in a RequestError too.
+    """
+    folder = Path(folder)
+    arrays = arrays_of(settings)
+    tensors, repeated = checked_tensors(folder, settings, arrays)
+    filled = {array.path: np.empty(array.shape, np.float32) for array in arrays.values()}
+    infinite = []
+    for array in arrays.values():
+        for place in array.places:
+            values = tensors[place.name].read()
+            if not blocks.finite(values):
+                infinite.append(place.name)
+            if tensors[place.name].dtype == FP8:
+                scales = tensors[place.name + SCALE].read()
+                if not blocks.finite(scales):
+                    infinite.append(place.name + SCALE)
+                    continue
+                values = blocks.dequantize(values, scales)
+            filled[array.path][place.index] = values.T if place.transposed else values
+    refuse(folder, {"not finite (NaN or infinite values)": infinite})
+    different = [f"{name} (a copy of {original})" for name, original in repeated.items()
+                 if not np.array_equal(tensors[name].read(), tensors[original].read())]
+    refuse(folder, {"different from the tensor that they repeat": different})
+    return {"params": {}, "routing": {}} | unflatten_dict(filled, sep="/")
+
+
+def refuse(folder: Path, problems: dict[str, list[str]]) -> None:
+    """Raises one RequestError that lists every name, by problem, unless there are none."""
+    found = [f"{len(names)} {problem}: " + ", ".join(name if name.isprintable() else repr(name) for name in names)
+             for problem, names in problems.items() if names]
+    if found:
+        raise RequestError(f"{folder}: the tensors are not those of its config.json: {'; '.join(found)}")

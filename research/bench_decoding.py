@@ -44,6 +44,7 @@ PROMPT = 64  # tokens
 SETS = 8  # of prompts, before the first comes again
 VOCABULARY = 4096
 WARMUPS = 2
+CALLS = 4  # of a turn: one of ours is over before the caches hold its weights again
 
 
 def numbers(flag, of: type, least: float) -> list:
@@ -107,7 +108,9 @@ def measure_peer(peer_python: str | None, batches: list[int]) -> dict:
     """Tokens/s of a whole call on each side, in turn, and how many times the faster peer's ours is."""
     sides = ["ours", *(("dynamic", "static") if peer_python else ())]
     print(f"{_CONFIG.value}, random weights, float32: {PROMPT} tokens, then {_NEW.value} greedy ones; {_ROUNDS.value} "
-          f"rounds in turn: median and range{'' if peer_python else '; no peer: `make parity` makes one'}")
+          f"rounds of {CALLS} calls in turn: median and range")
+    if not peer_python:
+        print("no peer: `make parity` makes one")
     print(f"{'batch':>5}  {'side':<8} {'tokens/s':>9}  {'range':>15}  ours/side (least-greatest)", flush=True)
     rows, about = [], {}
     with tempfile.TemporaryDirectory() as name:
@@ -123,7 +126,7 @@ def measure_peer(peer_python: str | None, batches: list[int]) -> dict:
                 rates = {side: [] for side in sides}
                 for turn in range(_ROUNDS.value):
                     for side in sides if turn % 2 == 0 else reversed(sides):  # none is always the first
-                        rates[side].append(batch * _NEW.value / workers[side].seconds(1))
+                        rates[side].append(batch * _NEW.value / workers[side].seconds(CALLS))
                 about = {side: worker.about for side, worker in workers.items()}
             finally:
                 for worker in workers.values():

@@ -1,6 +1,10 @@
 """Pictures in one look, read in black and white: shades, hatches, marks and lines tell series apart, not colours."""
 
+import html
 import importlib.util
+import io
+import itertools
+import re
 from pathlib import Path
 
 from research.errors import RequestError
@@ -65,3 +69,50 @@ def bars(axes, labels: list[str], series: dict[str, list[float | None]], quantit
     axes.legend(handles=[Patch(edgecolor="black", facecolor=look["color"], hatch=look.get("hatch"), label=name)
                          for name, look in zip(series, BARS, strict=False)],
                 loc="lower left", bbox_to_anchor=(0, 1), ncols=len(series))
+
+
+def svg(draw, name: str, label: str, height: float = 2.5) -> str:
+    """One axes that `draw` fills, as an `<svg>` that stands in a page and takes the page's ink, paper and font.
+
+    name: other than every other figure's of the page, whose ids would meet; label: what is read aloud in its place.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    page = {"svg.fonttype": "none", "svg.hashsalt": name, "savefig.transparent": True, "grid.color": "black",
+            "grid.alpha": 0.15, "font.size": 9.5}
+    file = io.StringIO()
+    with matplotlib.rc_context(STYLE | page):
+        figure, axes = pyplot.subplots(figsize=(4.3, height))
+        draw(axes)
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        pyplot.close(figure)
+    drawn = file.getvalue()
+    drawn = drawn[drawn.index("<svg"):].replace("#000000", "currentColor").replace("#ffffff", "var(--paper)")
+    drawn = re.sub(r"'DejaVu Sans'.*?(?=[;\"])", "inherit", drawn)
+    drawn = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", drawn)
+    return drawn.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}" fill="currentColor"', 1)
+
+
+def lines(axes, series: dict[str, tuple], across: str, quantity: str) -> None:
+    """A curve for each name: (x, y), or (x, y, low, high), whose range is a band.
+
+    across, quantity: the labels of the axes, with their units.
+    """
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    for (name, (x, y, *band)), look in zip(series.items(), itertools.cycle(LINES)):
+        axes.plot(x, y, color="black", linewidth=1.1, markersize=4, markerfacecolor="white",
+                  markevery=max(1, len(x) // 6), label=name, **look)
+        if band:
+            axes.fill_between(x, *band, color="black", alpha=0.18, linewidth=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.7g}"))
+    axes.set_xlabel(across)
+    axes.set_ylabel(quantity)
+    if len(series) > 1:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, fontsize=8.5,
+                    handlelength=1.8, columnspacing=1.2)

@@ -7,7 +7,7 @@ copy of a 16-bit cache. Their sums and the softmax are float32.
 import jax.numpy as jnp
 from jax import lax
 
-FEW = 16  # queries: their scores one by one, as XLA:CPU transposes the latents for a product of several
+FEW = 8  # queries: their scores one by one, as XLA:CPU transposes the latents for a product of several
 BLOCK = 512  # slots; up to two of them are one pass
 
 

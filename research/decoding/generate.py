@@ -93,14 +93,13 @@ class Decoder:
         for row, prompt in zip(tokens_BT, prompts, strict=True):
             row[:len(prompt)] = prompt
         length_B = np.array([len(prompt) for prompt in prompts], np.int32)
-        key_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(B))
         static = {"model": self.model, "sampling": sampling, "k": k}
         shape = (B, T, S, sampling, k, bucket(max_tokens), len(ends))
         ends_E = np.array(ends, np.int32)
         start = time.perf_counter()
-        cache = empty_cache(self.model, B, S, self.cache_dtype)
-        arguments = self.weights, cache, tokens_BT, length_B, key_B, ends_E, np.int32(max_tokens)
-        began = self._compile(("prefill", *shape), prefill, static | {"room": bucket(max_tokens)}, arguments, 1)
+        arguments = self.weights, tokens_BT, length_B, jax.random.key(seed), ends_E, np.int32(max_tokens)
+        more = {"slots": S, "storage": self.cache_dtype, "room": bucket(max_tokens)}
+        began = self._compile(("prefill", *shape), prefill, static | more, arguments)
         compile_seconds = time.perf_counter() - start
         start = time.perf_counter()
         state = jax.block_until_ready(began(*arguments))
@@ -122,7 +121,7 @@ class Decoder:
         return Generation(tokens_of(state), int(state["steps"]), np.asarray(state["accepted_k"]).tolist(),
                           prefill_seconds, decode_seconds, compile_seconds)
 
-    def _compile(self, name, function, static: dict, arguments, donated: int):
+    def _compile(self, name, function, static: dict, arguments, donated=()):
         if name not in self._compiled:
             jitted = jax.jit(partial(function, **static), donate_argnums=donated)
             self._compiled[name] = jitted.lower(*arguments).compile()
@@ -155,9 +154,12 @@ def tokens_of(state) -> list[list[int]]:
                                                        strict=True)]
 
 
-def prefill(weights, cache, tokens_BT, length_B, key_B, ends, max_tokens, *, model, sampling, k: int, room: int):
-    """The state after the prompts: their rows in the cache, the first token of each, and its drafts."""
+def prefill(weights, tokens_BT, length_B, key, ends, max_tokens, *, model, sampling, k: int, slots: int, storage: str,
+            room: int):
+    """The state after the prompts: their rows in a new cache, the first token of each, and its drafts."""
     B, T = tokens_BT.shape
+    cache = empty_cache(model, B, slots, storage)
+    key_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B))
     M, D = model.mtp.num_nextn_predict_layers, model.config.hidden_size
     chunk, kept = min(T, CHUNK), max(M, 1)  # hidden states of the last positions: of the head and of the first window
     dtype = weights["embed_tokens"].dtype

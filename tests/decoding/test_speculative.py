@@ -10,7 +10,6 @@ import pytest
 from scipy.stats import chi2
 
 from research.decoding import speculative
-from research.decoding.cache import empty_cache
 from research.decoding.forward import decoding_model
 from research.decoding.generate import GREEDY, decode, prefill, tokens_of
 from research.decoding.sampling import Sampling, draw, probabilities
@@ -127,14 +126,14 @@ def test_drafts_are_those_of_the_training_forward(name):
     _, model, weights_of = built(changes_of(M, hidden, more))
     decoding, lengths, ends = decoding_model(model), [4, 9, 15, 16], np.zeros(0, np.int32)
     static = {"model": decoding, "sampling": GREEDY, "k": k}
-    begin, step = jax.jit(partial(prefill, **static, room=32)), jax.jit(partial(decode, **static))
+    begin = jax.jit(partial(prefill, **static, slots=64, storage="float32", room=32))
+    step = jax.jit(partial(decode, **static))
     accepted, close = np.zeros(k + 1, int), 0
     for seed, share in enumerate((0, 0.95)):
         variables = agreeing(weights_of(seed), share)
         weights = prepare_of(model)(variables)
         tokens_BT = np.random.default_rng(seed).integers(0, 5, (4, 16)).astype(np.int32)
-        state = begin(weights, empty_cache(decoding, 4, 64, "float32"), tokens_BT, np.array(lengths),
-                      jax.random.split(jax.random.key(0), 4), ends, 24)
+        state = begin(weights, tokens_BT, np.array(lengths), jax.random.key(0), ends, 24)
         for _ in range(5):
             counts = [len(row) for row in tokens_of(state)]
             known = [tokens_BT[b, :lengths[b]].tolist() + row for b, row in enumerate(tokens_of(state))]
@@ -163,8 +162,8 @@ def test_sampled_continuations_have_the_models_joint_distribution():
     @jax.vmap
     def continued(key):
         tokens = jnp.pad(jnp.asarray(prompt)[None], ((0, 0), (0, 3)))
-        state = prefill(weights, empty_cache(decoding, 1, 16, "float32"), tokens, jnp.full(1, len(prompt)), key[None],
-                        ends, 3, **static, room=3)
+        state = prefill(weights, tokens, jnp.full(1, len(prompt)), key, ends, 3, **static, slots=16,
+                        storage="float32", room=3)
         state = decode(weights, state, ends, 3, 9, **static)
         return state["tokens"][0, :3], state["accepted_k"]
 

@@ -262,7 +262,7 @@ def random_model():
                         topk_group=2, num_experts_per_tok=2, n_shared_experts=2, moe_intermediate_size=16,
                         max_position_embeddings=64, initializer_range=0.02))
     c.mtp.num_nextn_predict_layers = 2
-    c.data.sequence_length = 64
+    c.data.sequence_length, c.data.validation_fraction = 64, 1.0
     settings = config.check(c)
     random = np.random.default_rng(0)
     shapes = variable_shapes(make_model(settings), settings)

@@ -1,7 +1,7 @@
 """Tries the checker on the answers of a file: each against itself, as it is respelt, and against near misses.
 
-`python -m research.distillation.references --file=math500.jsonl --answer_field=answer`: what math-verify alone says,
-since the checker passes equal texts without asking it. Prints counts, every verdict that is not as expected, and exits
+`python -m research.distillation.references --file=math500.jsonl`: what the check of formulae says, though the checker
+passes equal texts without asking it. Prints counts, every verdict that is not as expected, and exits
 with 1 where a reference is not equal to itself.
 """
 

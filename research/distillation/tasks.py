@@ -1,0 +1,243 @@
+"""Problems with answers that a rule can check: made up, from reasoning-gym, or from files of JSON lines."""
+
+import dataclasses
+import functools
+import glob
+import hashlib
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from research.distillation.verify import number
+from research.errors import RequestError, nearest
+
+CHECKS = ("numeric", "latex")  # that a file's answers may have; reasoning-gym's bring their own
+_MARKER = "####"  # what stands before the final answer in GSM8K's solutions
+_ANNOTATION = re.compile(r"<<[^<>]*>>")  # and its calculator's notes inside them
+_MOST_TRIES = 50  # draws for each new problem: a space that is smaller is refused
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A question, its reference answer, and how an answer is checked (`verify.Checker`).
+
+    solution: worked, without the final answer; empty where there is none. name: where it comes from. entry: what
+    reasoning-gym made, for its own scorer, which may need no reference answer (then empty); None elsewhere.
+    """
+
+    question: str
+    answer: str
+    solution: str
+    check: str
+    name: str
+    entry: dict[str, Any] | None = None
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """16 bytes of the question alone, however its letters are cased, spaced or encoded."""
+        text = " ".join(unicodedata.normalize("NFKC", self.question).casefold().split())
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Where problems come from; the config's group `task`.
+
+    source: arithmetic (of `operations` on numbers of up to `digits` digits), reasoning_gym (`generator`, whose own
+    settings are `options`) or files. count: problems that are made, train and test together; of files 0 is all.
+    files, test_files: globs separated by commas; without test files, `test_fraction` of the problems is held out.
+    question_field, answer_field, solution_field: of a JSON line; no solution field: what stands before #### in the
+    answer, as in GSM8K. check: of files' answers, one of CHECKS.
+    """
+
+    source: str
+    count: int
+    seed: int
+    operations: int
+    digits: int
+    generator: str
+    options: dict[str, Any]
+    files: str
+    test_files: str
+    test_fraction: float
+    question_field: str
+    answer_field: str
+    solution_field: str
+    check: str
+
+
+def train_and_test(task: Task) -> tuple[list[Problem], list[Problem]]:
+    """(training, test) problems, each question once and on one side only.
+
+    Which side is decided by the question's text alone, as `data.sources.split` does; with `test_files` by the file,
+    and a question that is in both is a test's. Raises RequestError for a task that cannot be had or is empty.
+    """
+    readers = {"arithmetic": _arithmetic, "reasoning_gym": _reasoning_gym, "files": _files}
+    if task.source not in readers:
+        raise RequestError.field("task.source", task.source, f"is none of {', '.join(readers)}")
+    if task.source == "files" and task.test_files:
+        test = _distinct(_read(task, "test_files"))
+        return without(_distinct(_read(task, "files")), test), test
+    train, test = split(_distinct(readers[task.source](task)), task.test_fraction)
+    if not (train and test):
+        raise RequestError.field("task.test_fraction", task.test_fraction,
+                                 f"leaves {len(train)} problems for training and {len(test)} for the test")
+    return train, test
+
+
+def split(problems: Sequence[Problem], fraction: float) -> tuple[list[Problem], list[Problem]]:
+    """(training, test): the test's are those whose digest, as a number in [0, 1), is below `fraction`."""
+    train, test = [], []
+    for problem in problems:
+        held_out = int.from_bytes(problem.digest[:8], "big") / 2**64 < fraction
+        (test if held_out else train).append(problem)
+    return train, test
+
+
+def without(problems: Sequence[Problem], others: Sequence[Problem]) -> list[Problem]:
+    """The problems whose question is none of the others'."""
+    found = {problem.digest for problem in others}
+    return [problem for problem in problems if problem.digest not in found]
+
+
+def _distinct(problems: Sequence[Problem]) -> list[Problem]:
+    return list({problem.digest: problem for problem in reversed(problems)}.values())[::-1]
+
+
+def _arithmetic(task: Task) -> list[Problem]:
+    """`count` different expressions; the solution rewrites the expression, one operation a line, until it is a number.
+
+    Problem i of a seed is the same on every machine.
+    """
+    for name, value in (("count", task.count), ("operations", task.operations), ("digits", task.digits)):
+        if value < 1:
+            raise RequestError.field(f"task.{name}", value, "must be at least 1")
+    stream = np.random.Philox(key=[task.seed % 2**64, 0])
+    found: dict[str, Problem] = {}
+    for _ in range(_MOST_TRIES * task.count):
+        if len(found) == task.count:
+            break
+        tree = _expression(lambda bound: int(stream.random_raw() % bound), task.operations, 10**task.digits)
+        lines = [_written(tree)]
+        while not isinstance(tree, int):
+            tree = _reduced(tree)
+            lines.append(_written(tree))
+        question = f"Compute {lines[0]}."
+        if question not in found:
+            found[question] = Problem(question, lines[-1], "\n= ".join(lines), "numeric", f"arithmetic:{len(found)}")
+    if len(found) < task.count:
+        raise RequestError.field("task.count", task.count, f"is more than there are: {len(found)} different problems "
+                                 f"of {task.operations} operations on {task.digits} digits were found")
+    return list(found.values())
+
+
+def _expression(below, operations: int, bound: int):
+    """A number below `bound`, or (left, operator, right) with so many operators in all."""
+    if not operations:
+        return below(bound)
+    left = below(operations)
+    return (_expression(below, left, bound), "+-*"[below(3)], _expression(below, operations - 1 - left, bound))
+
+
+def _written(tree) -> str:
+    """Every operand that is no plain number is in parentheses, and so are negative numbers."""
+    def operand(part) -> str:
+        return f"({_written(part)})" if isinstance(part, tuple) or part < 0 else str(part)
+
+    return str(tree) if isinstance(tree, int) else f"{operand(tree[0])} {tree[1]} {operand(tree[2])}"
+
+
+def _reduced(tree):
+    """The tree with one operation done: the first of those on two numbers."""
+    left, operator, right = tree
+    if not isinstance(left, int):
+        return _reduced(left), operator, right
+    if not isinstance(right, int):
+        return left, operator, _reduced(right)
+    return {"+": left + right, "-": left - right, "*": left * right}[operator]
+
+
+def _reasoning_gym(task: Task) -> list[Problem]:
+    try:
+        import reasoning_gym  # optional: this source alone needs it
+    except ImportError:
+        raise RequestError.field("task.source", task.source, "needs a package that is not installed: pip install "
+                                 "-r requirements-distill.txt") from None
+    if task.count < 1:
+        raise RequestError.field("task.count", task.count, "must be at least 1")
+    try:
+        entries = reasoning_gym.create_dataset(task.generator, size=task.count, seed=task.seed, **task.options)
+    except Exception as error:  # an unknown name, or whatever a generator says of its options
+        raise RequestError.field("task.generator", task.generator,
+                                 f"with task.options={task.options} is refused: {error}") from None
+    return [Problem(entry["question"], str(entry["answer"] or ""), "", "reasoning_gym",
+                    f"{task.generator}:{count}", entry) for count, entry in enumerate(entries)]
+
+
+def _files(task: Task) -> list[Problem]:
+    return _read(task, "files")
+
+
+def _read(task: Task, field: str) -> list[Problem]:
+    """The problems of `task.files` or `task.test_files`, in the order of the files' names and of their lines."""
+    if task.check not in CHECKS:
+        expected = f"is none of {', '.join(CHECKS)}{nearest(task.check, CHECKS)}"
+        raise RequestError.field("task.check", task.check, expected)
+    patterns = getattr(task, field)
+    paths = []
+    for pattern in filter(None, map(str.strip, patterns.split(","))):
+        matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+        if not matches:
+            raise RequestError.field(f"task.{field}", patterns, f"{pattern!r} matches no file")
+        paths += [path for path in matches if path not in paths]
+    problems = [problem for path in paths for problem in _problems_of(path, task, field)]
+    if not problems:
+        raise RequestError.field(f"task.{field}", patterns, "holds no problem")
+    return problems[:task.count or None]
+
+
+def _problems_of(path: str, task: Task, field: str) -> Iterator[Problem]:
+    def refuse(expectation: str) -> RequestError:
+        return RequestError.field(f"task.{field}", getattr(task, field), expectation)
+
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = file.read().split("\n")
+    except OSError as error:
+        raise refuse(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise refuse(f"{path} is not UTF-8 text") from None
+    for count, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{count}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise refuse(f"{where} is not JSON ({getattr(error, 'msg', 'nested too deeply')})") from None
+        texts = {}
+        for name in ("question_field", "answer_field", "solution_field"):
+            key = getattr(task, name)
+            if not key:
+                continue
+            if not isinstance(row, dict) or key not in row:
+                raise refuse(f"{where} has no field {key!r} (config.task.{name})")
+            value = row[key]
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                value = str(value)
+            if not isinstance(value, str):
+                raise refuse(f"{where} has a field {key!r} that is not text (config.task.{name})")
+            texts[name] = value
+        before, _, answer = texts["answer_field"].rpartition(_MARKER)
+        answer, solution = answer.strip(), texts.get("solution_field", _ANNOTATION.sub("", before).strip())
+        if not texts["question_field"].strip() or not answer:
+            raise refuse(f"{where} has an empty {'answer' if not answer else 'question'}")
+        if task.check == "numeric" and number(answer) is None:
+            raise refuse(f"{where} has the answer {answer!r}, which is no number: config.task.check='latex' reads "
+                         "formulae")
+        yield Problem(texts["question_field"].strip(), answer, solution, task.check, where)

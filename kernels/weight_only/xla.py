@@ -5,6 +5,8 @@ XLA:CPU converts an operand of a dot into a copy. A sum of products over the min
 products, floor; neither shifts and masks of bytes, nor types of 4 bits, nor E4M3.
 """
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -17,6 +19,9 @@ BLOCK = 512  # outputs of a block: 3 MB of floats at 1,536 inputs
 def product(x_XD, w: Narrow):
     """See the reference."""
     G, F, _ = w.values_GFY.shape
+    # tied to x: the conversion of a matrix alone is hoisted out of the loop over tokens, into a copy of the model
+    x_XD, values_GFY = lax.optimization_barrier((x_XD, w.values_GFY))
+    w = replace(w, values_GFY=values_GFY)
     x_XGC = jnp.pad(x_XD.astype(jnp.float32), ((0, 0), (0, G * w.group - w.inputs))).reshape(-1, G, w.group)
     if x_XGC.shape[0] <= FEW:
         return jnp.stack([_row(x_GC, w) for x_GC in x_XGC])

@@ -44,7 +44,8 @@ def test_logits_are_those_of_the_dequantised_weights():
     @jax.jit
     def logits(weights):
         rows = empty_cache(model, 1, 5, "float32")["layers"]
-        return head(weights, forward(decoding_model(model), weights, rows, np.array(PROMPTS[:1]), np.arange(5)[None])[0])
+        tokens_BT, positions_BT = np.array(PROMPTS[:1]), np.arange(5)[None]
+        return head(weights, forward(decoding_model(model), weights, rows, tokens_BT, positions_BT)[0])
 
     exact = logits(widened(kept))
     np.testing.assert_allclose(logits(kept), exact, atol=2e-5 * np.max(np.abs(exact)))

@@ -7,6 +7,9 @@ Beside it the bound, bytes of weights that a token reads over the measured speed
 last logits against bfloat16's and float32's of the first layers (--part=error).
 """
 
+import contextlib
+import ctypes
+import gc
 import json
 import sys
 import tempfile
@@ -32,6 +35,8 @@ _JSON = flags.DEFINE_string("json", None, "Also writes the result here.", FLAGS)
 _WORKER = flags.DEFINE_string("worker", None, "Our side's process, started by the driver: its request as JSON.", FLAGS)
 
 PROMPT = 64  # tokens
+TOKENS = 18_992  # of the vocabulary that are quantised at once: an eighth
+DRAWN = 4_194_301  # random numbers of a matrix, then the same again: a prime, so that no two rows are equal
 RECIPE = "float32"  # of activations: XLA:CPU's bfloat16 is slower, and they are small
 
 
@@ -51,7 +56,7 @@ def streamed(model, settings, weights: str | None):
     import jax
     import jax.numpy as jnp
 
-    from research.decoding.forward import prepare_block, prepare_ends
+    from research.decoding.forward import prepare_block
     from research.model.build import variable_shapes
     from research.tree import map_paths
 
@@ -64,25 +69,38 @@ def streamed(model, settings, weights: str | None):
         if path.endswith("/bias"):
             return jnp.zeros(leaf.shape)
         generator = np.random.default_rng(next(number))
-        return generator.standard_normal(leaf.shape, np.float32) * np.float32(settings.model.initializer_range)
+        return np.resize(generator.standard_normal(DRAWN, np.float32) * np.float32(settings.model.initializer_range),
+                         leaf.shape)
 
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes["dense_layers"])
     block = jax.jit(lambda tree: prepare_block(tree, {}, model, weights))
     layers = [jax.block_until_ready(block(map_paths(draw, one))) for _ in range(settings.model.num_hidden_layers)]
-    names = [name for name in ("embed_tokens", "lm_head") if name in shapes]
-    ends = {}
-    for name in names:  # one at a time: each is 0.9 GB in float32
-        tree = {"norm": {"scale": np.ones(settings.model.hidden_size, np.float32)}, name: draw(name, shapes[name])}
-        ends |= _end(jax.jit(partial(prepare_ends, model=model, weights=weights)), tree, names, name)
+    ends = _ends(model, settings, weights, draw)
+    gc.collect()  # what was traced with holds floats in cycles
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone keeps freed memory, and can be told not to
+        ctypes.CDLL(None).malloc_trim(0)
     return ends | {"layers": layers, "mtp": []}
 
 
-def _end(prepare, tree, names, name):
-    """One end prepared, with a stand-in of one row for the other."""
-    others = {other: tree[name][:1] if other == "embed_tokens" else tree[name].T[:, :1]
-              for other in names if other != name}
-    kept = prepare(tree | others)
-    return {key: value for key, value in kept.items() if key not in others}
+def _ends(model, settings, weights: str | None, draw):
+    """Embedding, head and norm, TOKENS of the vocabulary at a time: each matrix is 0.9 GB in float32."""
+    import jax
+    import jax.numpy as jnp
+
+    from research.decoding.forward import prepare_ends
+
+    m, parts = settings.model, []
+    prepare = jax.jit(partial(prepare_ends, model=model, weights=weights))
+    for first in range(0, m.vocab_size, TOKENS):
+        number = min(TOKENS, m.vocab_size - first)
+        shapes = {"embed_tokens": (number, m.hidden_size)} | (
+            {} if m.tie_word_embeddings else {"lm_head": (m.hidden_size, number)})
+        drawn = {name: draw(name, jax.ShapeDtypeStruct(shape, np.float32)) for name, shape in shapes.items()}
+        parts.append(jax.block_until_ready(prepare(drawn | {"norm": {"scale": np.ones(m.hidden_size, np.float32)}})))
+    axes = {"embed_tokens": 1 if weights else 0, "lm_head": 1}
+    joined = {name: jax.tree.map(lambda *x, axis=axis: jnp.concatenate(x, axis), *(part[name] for part in parts))
+              for name, axis in axes.items() if name in parts[0]}
+    return jax.block_until_ready(joined) | {"norm": parts[0]["norm"]}
 
 
 def bytes_a_token(weights) -> int:

@@ -1,7 +1,7 @@
 """The other side of `research.bench_narrow`: transformers' Qwen2 in bfloat16, torch on a CPU.
 
 A script for the Python of the comparison's own environment that imports nothing of ours: see `bench_peer.py`.
-Its weights are made a part at a time in bfloat16, so that its peak memory is that of its own weights.
+Its weights are made in bfloat16, in place, so that its peak memory is that of its own weights.
 """
 
 import json
@@ -9,7 +9,7 @@ import os
 import sys
 import time
 
-PART = 1 << 22  # random numbers at once
+PART = 4_194_301  # random numbers, then the same again: a prime, so that no two rows are equal
 
 
 def made(config: dict):
@@ -25,13 +25,14 @@ def made(config: dict):
         model = transformers.Qwen2ForCausalLM(settings)
     model = model.to_empty(device="cpu").eval()
     model.model.rotary_emb = type(model.model.rotary_emb)(settings)  # its table is no parameter
+    drawn = torch.empty(PART).normal_(0, 0.02)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() < 2:
                 parameter.fill_(1 if name.endswith("norm.weight") else 0)
             else:
                 for part in parameter.view(-1).split(PART):
-                    part.normal_(0, 0.02)
+                    part.copy_(drawn[:len(part)])
     return model
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 LARGEST = {8: 127, 4: 7}  # magnitude of a value; symmetric: nothing is added after the product
-GROUP = {8: None, 4: 64}  # inputs that share a scale; None: all of an output's
+GROUP = {8: None, 4: 128}  # inputs that share a scale; None: all of an output's
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values_GFY", "scales_GF"],

@@ -19,16 +19,17 @@ BLOCK = 512  # outputs of a block: 3 MB of floats at 1,536 inputs
 def product(x_XD, w: Narrow):
     """See the reference."""
     G, F, _ = w.values_GFY.shape
-    # tied to x: the conversion of a matrix alone is hoisted out of the loop over tokens, into a copy of the model
-    x_XD, values_GFY = lax.optimization_barrier((x_XD, w.values_GFY))
+    # Tied to x: the conversion of a matrix alone is hoisted out of the loop over tokens, into a copy of the model.
+    # The constant too: one that several products share is made an array of their size, which each of them reads.
+    x_XD, values_GFY, sixteenth = lax.optimization_barrier((x_XD, w.values_GFY, jnp.float32(1 / 16)))
     w = replace(w, values_GFY=values_GFY)
     x_XGC = jnp.pad(x_XD.astype(jnp.float32), ((0, 0), (0, G * w.group - w.inputs))).reshape(-1, G, w.group)
     if x_XGC.shape[0] <= FEW:
-        return jnp.stack([_row(x_GC, w) for x_GC in x_XGC])
+        return jnp.stack([_row(x_GC, w, sixteenth) for x_GC in x_XGC])
     return _blocks(x_XGC, w, min(BLOCK, F))
 
 
-def _row(x_GC, w: Narrow):
+def _row(x_GC, w: Narrow, sixteenth):
     """y_F of one row."""
     values_GFY, x_G1C = w.values_GFY.astype(jnp.float32), x_GC[:, None]
     if w.bits == 8:
@@ -37,7 +38,7 @@ def _row(x_GC, w: Narrow):
         # byte = 16 high + (low + 8), so low a + high b = byte a + floor(byte / 16) (b - 16 a) - 8 a
         a_G1Y, b_G1Y = jnp.split(x_G1C, 2, axis=2)
         y_GF = (jnp.sum(values_GFY * a_G1Y, axis=2)
-                + jnp.sum(jnp.floor(values_GFY * (1 / 16)) * (b_G1Y - 16 * a_G1Y), axis=2)
+                + jnp.sum(jnp.floor(values_GFY * sixteenth) * (b_G1Y - 16 * a_G1Y), axis=2)
                 - 8 * jnp.sum(a_G1Y, axis=2))
     return jnp.sum(y_GF * w.scales_GF, axis=0)
 

@@ -38,6 +38,9 @@ _DRAFTS = flags.DEFINE_integer(
 _RECIPE = flags.DEFINE_string(
     "recipe", None, "float32 or bfloat16. By default a run's own (bfloat16 for FP8 ones), float32 for a Hugging Face "
     "folder.", FLAGS)
+_WEIGHTS = flags.DEFINE_string(
+    "weights", None, "Weight-only quantisation of projections, embedding and head: int8 or int4. By default none.",
+    FLAGS)
 _CACHE = flags.DEFINE_string("cache_dtype", None, "float32, bfloat16 or fp8; by default as the recipe.", FLAGS)
 
 STEPS_AT_ONCE = 16  # between two looks at what there is to print
@@ -46,7 +49,8 @@ STEPS_AT_ONCE = 16  # between two looks at what there is to print
 def main() -> None:
     check_flags()
     prompts = read_prompts()
-    decoder, tokenizer, first = load(Path(_CHECKPOINT.value).expanduser(), _RECIPE.value, _CACHE.value)
+    decoder, tokenizer, first = load(Path(_CHECKPOINT.value).expanduser(), _RECIPE.value, _CACHE.value,
+                                     _WEIGHTS.value)
     drafts = 0
     if _SPECULATIVE.value:
         drafts = decoder.model.mtp.num_nextn_predict_layers if _DRAFTS.value is None else _DRAFTS.value
@@ -110,6 +114,7 @@ class Writer:
 
 def check_flags() -> None:
     """RequestError for the first flag that cannot be meant."""
+    from kernels.weight_only import BITS
     from research.decoding.cache import STORAGE
 
     if not _CHECKPOINT.value:
@@ -125,7 +130,7 @@ def check_flags() -> None:
         raise RequestError("--stop='' would end every continuation before it begins")
     if problem := sampling().problem():
         raise RequestError(f"--{problem}")
-    for flag, known in ((_RECIPE, ("float32", "bfloat16")), (_CACHE, STORAGE)):
+    for flag, known in ((_RECIPE, ("float32", "bfloat16")), (_CACHE, STORAGE), (_WEIGHTS, tuple(BITS))):
         if flag.value is not None and flag.value not in known:
             raise RequestError(f"--{flag.name}={flag.value!r} must be one of {', '.join(known)}"
                                f"{nearest(flag.value, known)}")
@@ -157,7 +162,7 @@ def read_prompts() -> list[str]:
     return prompts
 
 
-def load(folder: Path, recipe: str | None, cache_dtype: str | None):
+def load(folder: Path, recipe: str | None, cache_dtype: str | None, weights: str | None = None):
     """(Decoder, tokenizer, the ids that every text begins with) of a checkpoint; the names are the flags'."""
     if not folder.is_dir():
         raise RequestError(f"--checkpoint={str(folder)!r} is not a directory" if folder.exists() else
@@ -165,6 +170,7 @@ def load(folder: Path, recipe: str | None, cache_dtype: str | None):
     from research.data.tokenizer import Tokenizer  # after the checks: JAX takes a second to import
 
     with command.stops_held():
+        from research.decoding.forward import storage
         from research.decoding.generate import Decoder
         from research.interop.weights import checked_weights
     tokenizer = Tokenizer.load(folder)
@@ -173,7 +179,11 @@ def load(folder: Path, recipe: str | None, cache_dtype: str | None):
         raise RequestError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
                            f"{settings.model.vocab_size}")
     first = [tokenizer.bos_id] if tokenizer.begins_with_bos else []
-    return Decoder(model, variables, recipe, cache_dtype), tokenizer, first
+    try:
+        storage(model, weights)
+    except ValueError as error:
+        raise RequestError(f"--{error}") from None
+    return Decoder(model, variables, recipe, cache_dtype, weights), tokenizer, first
 
 
 def report(result) -> str:

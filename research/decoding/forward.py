@@ -4,14 +4,18 @@ Layers are kept apart here: a scan over stacked ones would copy the weights of e
 token.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
+from kernels import weight_only
+from kernels.weight_only import Narrow
 from research.model.layers import rms_norm
 from research.model.mtp import MultiTokenModule
 from research.model.transformer import Block, Transformer
 from research.precision.matmul import matmul
-from research.precision.products import Products
+from research.precision.products import FEED_FORWARD, Products
 from research.precision.recipe import RECIPES
 from research.tree import map_paths
 
@@ -26,30 +30,38 @@ def decoding_model(model: Transformer, recipe: str | None = None) -> Transformer
     return Transformer(model.config, model.mtp, products)
 
 
-def prepare(variables, model):
+NARROW = (*FEED_FORWARD, "q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa",
+          "eh_proj")
+
+
+def storage(model: Transformer, weights: str | None) -> dict[str, int | None]:
+    """Bits of the projections, the embedding and the head; None: the recipe's dtype. weights: None, int8 or int4.
+
+    The embedding has 8 bits in either, and so has a head that is its transpose: of a row too little is saved.
+    ValueError for routed experts.
+    """
+    if weights is None:
+        return {"projections": None, "embed_tokens": None, "lm_head": None}
+    if weights not in weight_only.BITS:
+        raise ValueError(f"weights={weights!r} must be one of {', '.join(weight_only.BITS)}")
+    if model.config.n_routed_experts:
+        raise ValueError(f"weights={weights!r} needs a model without routed experts: it has "
+                         f"{model.config.n_routed_experts}, which are not quantised")
+    bits = weight_only.BITS[weights]
+    return {"projections": bits, "embed_tokens": 8, "lm_head": 8 if model.config.tie_word_embeddings else bits}
+
+
+def prepare(variables, model, weights: str | None = None):
     """Weights as decoding reads them, from {`params`, `routing`}: {`layers`: [variables of a block], `mtp`: [of a
-    module], `embed_tokens`, `lm_head` (D, V), `norm`}.
+    module], `embed_tokens`, `lm_head` (D, V), `norm`}; without `lm_head` where the embedding in 8 bits is that too.
 
     Matrices are cast to the recipe's dtype once; gates, norms and biases stay in float32. MLA's `kv_b_proj` becomes
-    `k_b_proj` (N, H, R) and `v_b_proj` (N, R, J), the two factors that are absorbed.
+    `k_b_proj` (N, H, R) and `v_b_proj` (N, R, J), the two factors that are absorbed. weights: see `storage`.
     """
-    m, dtype = model.config, model.products.dtype
     params, routing = variables["params"], variables["routing"]
 
-    def cast(path, x):
-        kept = path.endswith(("/scale", "/bias", "gate/kernel"))
-        return jnp.asarray(x) if kept else jnp.asarray(x).astype(dtype)
-
     def block(tree, biases):
-        if m.attention == "mla":
-            attention = dict(tree["attention"])
-            kv_RNC = jnp.asarray(attention.pop("kv_b_proj")["kernel"]).reshape(
-                m.kv_lora_rank, m.num_attention_heads, -1)
-            k_RNH, v_RNJ = jnp.split(kv_RNC, [m.qk_nope_head_dim], axis=-1)
-            attention |= {"k_b_proj": {"kernel": k_RNH.transpose(1, 2, 0)},
-                          "v_b_proj": {"kernel": v_RNJ.transpose(1, 0, 2)}}
-            tree = tree | {"attention": attention}
-        return {"params": map_paths(cast, tree)} | ({"routing": biases} if biases else {})
+        return prepare_block(tree, biases, model, weights)
 
     def unstacked(name):
         stack, biases = params.get(name), routing.get(name, {})
@@ -59,17 +71,54 @@ def prepare(variables, model):
     def module(k):
         tree, biases = dict(params[f"mtp_{k}"]), routing.get(f"mtp_{k}", {})
         inner = block(tree.pop("block"), biases.get("block", {}))
-        joined = {"params": map_paths(cast, tree) | {"block": inner["params"]}}
+        joined = {"params": map_paths(partial(keep, model=model, weights=weights), tree) | {"block": inner["params"]}}
         return joined | ({"routing": {"block": inner["routing"]}} if "routing" in inner else {})
 
-    head = params["embed_tokens"].T if m.tie_word_embeddings else params["lm_head"]
-    return {
+    return prepare_ends(params, model, weights) | {
         "layers": unstacked("dense_layers") + unstacked("layers"),
         "mtp": [module(k) for k in range(1, model.mtp.num_nextn_predict_layers + 1)],
-        "embed_tokens": jnp.asarray(params["embed_tokens"]).astype(dtype),
-        "lm_head": jnp.asarray(head).astype(dtype),
-        "norm": jnp.asarray(params["norm"]["scale"]),
     }
+
+
+def keep(path: str, x, model, weights: str | None):
+    """A parameter of a block or a module as decoding reads it."""
+    if path.endswith(("/scale", "/bias", "gate/kernel")):
+        return jnp.asarray(x)
+    bits = storage(model, weights)["projections"]
+    name = path.removesuffix("/kernel").split("/")[-1]
+    return _stored(jnp.asarray(x), bits if name in NARROW else None, model)
+
+
+def _stored(w_DF, bits: int | None, model):
+    dtype = model.products.dtype
+    return w_DF.astype(dtype) if bits is None else weight_only.quantize(w_DF, bits, dtype=dtype)
+
+
+def prepare_block(tree, biases, model, weights: str | None = None):
+    """Variables of a layer as decoding reads them, from its parameters and its routing bias ({}: it has none)."""
+    m = model.config
+    if m.attention == "mla":
+        attention = dict(tree["attention"])
+        kv_RNC = jnp.asarray(attention.pop("kv_b_proj")["kernel"]).reshape(m.kv_lora_rank, m.num_attention_heads, -1)
+        k_RNH, v_RNJ = jnp.split(kv_RNC, [m.qk_nope_head_dim], axis=-1)
+        attention |= {"k_b_proj": {"kernel": k_RNH.transpose(1, 2, 0)},
+                      "v_b_proj": {"kernel": v_RNJ.transpose(1, 0, 2)}}
+        tree = tree | {"attention": attention}
+    kept = map_paths(partial(keep, model=model, weights=weights), tree)
+    return {"params": kept} | ({"routing": biases} if biases else {})
+
+
+def prepare_ends(params, model, weights: str | None = None):
+    """{`embed_tokens`, `lm_head`, `norm`} as decoding reads them; a quantised tied head is the embedding itself."""
+    bits, tied = storage(model, weights), model.config.tie_word_embeddings
+    embedding_VD = jnp.asarray(params["embed_tokens"])
+    ends = {"norm": jnp.asarray(params["norm"]["scale"]), "embed_tokens": (
+        _stored(embedding_VD, None, model) if bits["embed_tokens"] is None else
+        _stored(embedding_VD.T, bits["embed_tokens"], model))}
+    if tied and bits["lm_head"]:
+        return ends
+    head_DV = embedding_VD.T if tied else jnp.asarray(params["lm_head"])
+    return ends | {"lm_head": _stored(head_DV, bits["lm_head"], model)}
 
 
 def with_rows(variables, rows, *path):
@@ -81,13 +130,17 @@ def with_rows(variables, rows, *path):
 
 
 def embed(weights, tokens_BT):
-    return weights["embed_tokens"][tokens_BT]
+    embedding = weights["embed_tokens"]
+    return weight_only.rows(embedding, tokens_BT) if isinstance(embedding, Narrow) else embedding[tokens_BT]
 
 
 def head(weights, hidden_BTD):
     """Logits (B, T, V) in float32."""
     B, T, D = hidden_BTD.shape
-    return matmul(hidden_BTD.reshape(-1, D), weights["lm_head"], (hidden_BTD.dtype,) * 3).reshape(B, T, -1)
+    hidden_XD, w_DV = hidden_BTD.reshape(-1, D), weights.get("lm_head", weights["embed_tokens"])
+    logits_XV = (weight_only.product(hidden_XD, w_DV) if isinstance(w_DV, Narrow) else
+                 matmul(hidden_XD, w_DV, (hidden_BTD.dtype,) * 3))
+    return logits_XV.reshape(B, T, -1)
 
 
 def forward(model, weights, rows: list, tokens_BT, positions_BT):

@@ -68,12 +68,15 @@ def bucket(length: int) -> int:
 class Decoder:
     """A model's weights as decoding reads them, and what was compiled for them."""
 
-    def __init__(self, model, variables, recipe: str | None = None, cache_dtype: str | None = None):
-        """model: a Transformer; variables: its {`params`, `routing`}; recipe: None is the model's own, or bfloat16
-        where that is in FP8; cache_dtype: one of `cache.STORAGE`, None: the activations'."""
+    def __init__(self, model, variables, recipe: str | None = None, cache_dtype: str | None = None,
+                 weights: str | None = None):
+        """model: a Transformer; variables: its {`params`, `routing`}, or what `prepare` makes of them; recipe: None is
+        the model's own, or bfloat16 where that is in FP8; cache_dtype: one of `cache.STORAGE`, None: the activations';
+        weights: None, int8 or int4, see `forward.storage`. ValueError for routed experts in int8 or int4."""
         self.model = decoding_model(model, recipe)
         self.cache_dtype = cache_dtype or self.model.products.recipe.name
-        self.weights = jax.jit(partial(prepare, model=self.model))(variables)
+        self.weights = variables if "layers" in variables else (
+            jax.jit(partial(prepare, model=self.model, weights=weights))(variables))
         self._compiled = {}
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, sampling: Sampling = GREEDY,

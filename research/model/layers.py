@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from research.precision.experts import HISTORIES
-from research.precision.products import FEED_FORWARD, Products
+from research.precision.products import FEED_FORWARD, Narrow, Products
 
 
 @partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
@@ -37,6 +37,13 @@ def histories(module: nn.Module, products: Products, *names: str) -> dict:
     return module.variable("amax", "history", lambda: zeros).value
 
 
+def matrix(module: nn.Module, initializer_range: float, shape: tuple[int, int]):
+    """A module's parameter `kernel`: float32, or as decoding keeps it (flax would compare the shapes of its parts)."""
+    if module.has_variable("params", "kernel") and isinstance(kept := module.get_variable("params", "kernel"), Narrow):
+        return kept
+    return module.param("kernel", nn.initializers.normal(initializer_range), shape, jnp.float32)
+
+
 class Kernel(nn.Module):
     """The matrix of a projection that another module multiplies with."""
 
@@ -45,7 +52,7 @@ class Kernel(nn.Module):
 
     @nn.compact
     def __call__(self):
-        return self.param("kernel", nn.initializers.normal(self.initializer_range), self.shape, jnp.float32)
+        return matrix(self, self.initializer_range, self.shape)
 
 
 class Linear(nn.Module):
@@ -58,8 +65,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        init = nn.initializers.normal(self.initializer_range)
-        w_DF = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
+        w_DF = matrix(self, self.initializer_range, (x.shape[-1], self.features))
         past = histories(self, self.products, "x", "w", "dy") if self.products.quantizes(self.name) else {}
         y = self.products.linear(x, w_DF, self.name, past)
         if self.use_bias:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels.experts import experts
+from kernels.weight_only import Narrow
+from kernels.weight_only import product as narrow_product
 from research.precision.experts import swiglu
 from research.precision.matmul import linear, matmul
 from research.precision.recipe import Format, Recipe
@@ -61,7 +63,9 @@ class Products:
         return y_XF.reshape(*x.shape[:-1], w_DF.shape[1])
 
     def _float_linear(self, x, w_DF):
-        y_XF = matmul(x.reshape(-1, x.shape[-1]), w_DF, self._floats).astype(self.dtype)
+        x_XD = x.reshape(-1, x.shape[-1])
+        y_XF = narrow_product(x_XD, w_DF) if isinstance(w_DF, Narrow) else matmul(x_XD, w_DF, self._floats)
+        y_XF = y_XF.astype(self.dtype)
         return y_XF.reshape(*x.shape[:-1], w_DF.shape[1])
 
     def feed_forward(self, x, gate_DF, up_DF, down_FD, histories):

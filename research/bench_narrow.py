@@ -3,13 +3,10 @@
 Greedy continuations of one prompt of 64 random tokens by random weights of a dense Qwen2's shape
 (DeepSeek-R1-Distill-Qwen-1.5B's), each side a process of its own, in turn: tokens/s after the first token, time to the
 first, and resident memory. Ours makes a layer in floats, quantises it and drops it: the model never stands in floats.
-Beside it the bound, bytes of weights that a token reads over the measured speed of reading memory, and the error of the
-last logits against bfloat16's and float32's of the first layers (--part=error).
+Beside it the bound, bytes of weights that a token reads over the measured speed of reading memory. --part=error: of the
+logits behind the first layers, in bfloat16, int8 and int4 against float32, and against bfloat16.
 """
 
-import contextlib
-import ctypes
-import gc
 import json
 import sys
 import tempfile
@@ -56,6 +53,7 @@ def streamed(model, settings, weights: str | None):
     import jax
     import jax.numpy as jnp
 
+    from research import environment
     from research.decoding.forward import prepare_block
     from research.model.build import variable_shapes
     from research.tree import map_paths
@@ -76,9 +74,7 @@ def streamed(model, settings, weights: str | None):
     block = jax.jit(lambda tree: prepare_block(tree, {}, model, weights))
     layers = [jax.block_until_ready(block(map_paths(draw, one))) for _ in range(settings.model.num_hidden_layers)]
     ends = _ends(model, settings, weights, draw)
-    gc.collect()  # what was traced with holds floats in cycles
-    with contextlib.suppress(OSError, AttributeError):  # glibc alone keeps freed memory, and can be told not to
-        ctypes.CDLL(None).malloc_trim(0)
+    environment.give_back_memory()
     return ends | {"layers": layers, "mtp": []}
 
 

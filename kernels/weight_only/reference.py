@@ -50,7 +50,7 @@ def quantize(w_DF, bits: int, group: int | None = None, dtype: str = "float32") 
     group: None is the format's own, GROUP; the error of a weight is at most half its group's scale.
     """
     D, F = w_DF.shape
-    C = group or GROUP[bits] or D
+    C = min(group or GROUP[bits] or D, D + D % 2)
     if bits == 4 and C % 2:
         raise ValueError(f"group={C} must be even: a byte holds two inputs")
     w_FD = jnp.pad(w_DF.astype(jnp.float32).T, ((0, 0), (0, -D % C)))

@@ -13,6 +13,7 @@ from research.decoding import speculative
 from research.decoding.cache import empty_cache
 from research.decoding.forward import decoding_model, forward, head, mtp_forward, prepare
 from research.decoding.sampling import Sampling
+from research.environment import give_back_memory
 
 CHUNK = 256  # prompt tokens of one pass at the most
 SMALLEST_BUCKET = 64  # prompts and caches are rounded up to powers of two from here, each compiled once
@@ -128,6 +129,7 @@ class Decoder:
         if name not in self._compiled:
             jitted = jax.jit(partial(function, **static), donate_argnums=donated)
             self._compiled[name] = jitted.lower(*arguments).compile()
+            give_back_memory()
         return self._compiled[name]
 
 

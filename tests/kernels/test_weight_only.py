@@ -48,7 +48,7 @@ def test_values_on_the_grid_come_back(bits):
 
 @given(rows_=st.integers(1, 3), inputs=st.integers(1, 70), outputs=st.integers(2, 9), chosen=st.sampled_from(FORMATS),
        seed=st.integers(0, 99))
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 def test_product_is_the_definitions(rows_, inputs, outputs, chosen, seed):
     bits, group = chosen
     w = quantize(matrix(inputs, outputs, seed), bits, group or (inputs + inputs % 2))

@@ -13,6 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from research import command
+from research.decoding.texts import STEPS_AT_ONCE, Growing
 from research.errors import RequestError, nearest
 
 FLAGS = flags.FlagValues()
@@ -43,7 +44,6 @@ _WEIGHTS = flags.DEFINE_string(
     FLAGS)
 _CACHE = flags.DEFINE_string("cache_dtype", None, "float32, bfloat16 or fp8; by default as the recipe.", FLAGS)
 
-STEPS_AT_ONCE = 16  # between two looks at what there is to print
 
 
 def main() -> None:
@@ -86,28 +86,24 @@ class Writer:
     """The text of one row as it grows, written on as far as it is certain, and cut before the first --stop."""
 
     def __init__(self, tokenizer, write: Callable[[str], object] | None):
-        self._tokenizer, self._write, self._text, self._written, self._stopped = tokenizer, write, "", 0, False
+        self._row, self._write, self._written = Growing(tokenizer, _STOP.value), write, 0
 
     def __call__(self, tokens: list[int]) -> bool:
         """Takes all tokens so far; returns whether the row is to stop."""
-        if not self._stopped:
-            self._text = self._tokenizer.decode(tokens)
-            ends = [self._text.index(stop) for stop in _STOP.value if stop in self._text]
-            if ends:
-                self._text, self._stopped = self._text[:min(ends)], True
+        if not self._row.over:
             # a character may be cut between tokens, and the text may end in the beginning of a stop
-            held = 0 if self._stopped else max([len(stop) - 1 for stop in _STOP.value], default=0)
-            self._show(len(self._text.rstrip("\ufffd")) - held)
-        return self._stopped
+            held = 0 if self._row(tokens) else max([len(stop) - 1 for stop in _STOP.value], default=0)
+            self._show(len(self._row.text.rstrip("\ufffd")) - held)
+        return self._row.over
 
     def finish(self) -> str:
         """Writes what was held back; the whole text."""
-        self._show(len(self._text))
-        return self._text
+        self._show(len(self._row.text))
+        return self._row.text
 
     def _show(self, end: int) -> None:
         if self._write and end > self._written:
-            self._write(self._text[self._written:end])
+            self._write(self._row.text[self._written:end])
             sys.stdout.flush()
             self._written = end
 

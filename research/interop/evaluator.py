@@ -17,13 +17,13 @@ from research.decoding.cache import empty_cache
 from research.decoding.forward import forward, head
 from research.decoding.generate import CHUNK, Decoder, bucket
 from research.decoding.sampling import Sampling, likeliest
+from research.decoding.texts import STEPS_AT_ONCE, Growing
 from research.errors import RequestError, nearest
 
 # names of one thing; the first that is given counts
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 DEFAULT_NEW_TOKENS = 256
 KNOWN = ("until", "do_sample", "temperature", "top_k", "top_p", "min_p", *LENGTHS)
-STEPS_AT_ONCE = 16  # decoded between two looks for a text that ends a row
 
 
 class Evaluator:
@@ -92,7 +92,7 @@ class Evaluator:
                     rows = group[start:start + size]
                     prompts = [ids for ids, _, _ in rows]
                     prompts += [prompts[-1]] * (size - len(rows))  # another number of rows would be compiled anew
-                    ends = [_End(self.tokenizer, until) for _, _, until in rows]
+                    ends = [Growing(self.tokenizer, until) for _, _, until in rows]
 
                     def watch(tokens, ends=ends):
                         known = [end(row) for end, row in zip(ends, tokens, strict=False)]
@@ -145,22 +145,6 @@ class Evaluator:
                         done(number, answers[number])
                 bar.update(len(numbers))
         return answers
-
-
-class _End:
-    """The text of a row as it grows, cut before the first of the texts that end it."""
-
-    def __init__(self, tokenizer, until: Sequence[str]):
-        self.tokenizer, self.until, self.text, self.over = tokenizer, until, "", False
-
-    def __call__(self, tokens: list[int]) -> bool:
-        """Takes all tokens so far; returns whether the row is to stop."""
-        if not self.over:
-            self.text = self.tokenizer.decode(tokens)
-            found = [self.text.index(end) for end in self.until if end in self.text]
-            if found:
-                self.text, self.over = self.text[:min(found)], True
-        return self.over
 
 
 def windows(ids: list[int], prefix: int, length: int) -> Iterator[tuple[list[int], list[int]]]:

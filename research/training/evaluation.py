@@ -52,6 +52,10 @@ def evaluate_weights(settings, folder: Path) -> dict:
     if wrong:
         raise RequestError(f"--workdir={folder} holds another model: {wrong}")
     environment.pin_threads()
-    state = jax.device_put(variables) | {"ema": None}
+    return on_held_out(model, jax.device_put(variables) | {"ema": None}, corpus, settings, True)
+
+
+def on_held_out(model, state, corpus, settings, bar: bool = False) -> dict:
+    """What `summary.of_evaluation` prints: a state's evaluation on all held-out text, and gzip's figure beside it."""
     return {"gzip_bits_per_byte": corpus.gzip_bits_per_byte, "held_out_bytes": corpus.validation_bytes,
-            "validation": evaluate(make_eval_step(model, settings), state, corpus, settings, None, True)}
+            "validation": evaluate(make_eval_step(model, settings), state, corpus, settings, None, bar)}

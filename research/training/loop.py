@@ -161,8 +161,7 @@ def evaluate_newest(settings: config.Settings, workdir: Path) -> dict:
     settings = settings.with_vocabulary(corpus.tokenizer.vocab_size)
     model = make_model(settings)
     state, _ = checkpoints.restore(step, abstract_state(model, settings))
-    return {"step": step, "gzip_bits_per_byte": corpus.gzip_bits_per_byte, "held_out_bytes": corpus.validation_bytes,
-            "validation": evaluation.evaluate(make_eval_step(model, settings), state, corpus, settings)}
+    return {"step": step} | evaluation.on_held_out(model, state, corpus, settings)
 
 
 def start(model, settings, checkpoints: Checkpoints):

@@ -49,13 +49,18 @@ def documents(data: Any) -> list[Document]:
     return found
 
 
+def place_of(digest: bytes) -> float:
+    """Where a text stands in [0, 1) by its hash: the same on every machine, in every order and in every corpus."""
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
 def split(found: Sequence[Document], fraction: float) -> tuple[list[Document], list[Document]]:
     """(training, validation) documents: held out are those whose hash, as a number in [0, 1), is below `fraction`.
 
     The same text is on the same side on every machine, in every order and in every corpus; order is kept.
     Raises RequestError where a `fraction` above 0 and below 1 leaves either side empty, naming one that does not.
     """
-    places = [int.from_bytes(document.digest[:8], "big") / 2**64 for document in found]
+    places = [place_of(document.digest) for document in found]
     train = [document for document, place in zip(found, places, strict=True) if place >= fraction]
     validation = [document for document, place in zip(found, places, strict=True) if place < fraction]
     if 0 < fraction < 1 and not (train and validation):

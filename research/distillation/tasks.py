@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from research.data.sources import place_of
 from research.distillation.verify import number
 from research.errors import RequestError, nearest
 
@@ -94,8 +95,7 @@ def split(problems: Sequence[Problem], fraction: float) -> tuple[list[Problem], 
     """(training, test): the test's are those whose digest, as a number in [0, 1), is below `fraction`."""
     train, test = [], []
     for problem in problems:
-        held_out = int.from_bytes(problem.digest[:8], "big") / 2**64 < fraction
-        (test if held_out else train).append(problem)
+        (test if place_of(problem.digest) < fraction else train).append(problem)
     return train, test
 
 

@@ -172,12 +172,16 @@ class Worker:
 
     def seconds(self, steps: int) -> float:
         """Takes so many steps now; seconds a step."""
+        return self.turn(steps)["seconds"]
+
+    def turn(self, steps: int) -> dict:
+        """Takes so many steps now; what the process says of them."""
         try:
             self.process.stdin.write(f"{steps}\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             pass  # `read` says how it ended
-        return self.read()["seconds"]
+        return self.read()
 
     def close(self) -> None:
         """Ends the process."""

@@ -16,6 +16,7 @@ from research.decoding.cache import bytes_per_token
 from research.decoding.forward import decoding_model, prepare
 from research.decoding.generate import Decoder
 from research.environment import pin_threads
+from research.model.attention import by_head
 from research.model.build import make_model, variable_shapes
 
 HEADS, LATENT, KEY, ROTARY, VALUE = 16, 512, 128, 64, 128  # V2-Lite's N, R, H, P, J
@@ -23,13 +24,8 @@ SCALE = (KEY + ROTARY) ** -0.5
 SAMPLE_SECONDS = 0.2  # of calls in one sample
 
 SHAPES = {  # experiment and what is changed in it
-    "V2-Lite": ("experiments/deepseek_v3.py", (
-        "model.vocab_size=102400", "model.hidden_size=2048", "model.intermediate_size=10944",
-        "model.num_hidden_layers=27", "model.num_attention_heads=16", "model.q_lora_rank=None",
-        "model.first_k_dense_replace=1", "model.n_routed_experts=64", "model.n_shared_experts=2",
-        "model.num_experts_per_tok=6", "model.moe_intermediate_size=1408", "model.scoring_func=softmax",
-        "model.topk_method=greedy", "model.n_group=1", "model.topk_group=1", "model.norm_topk_prob=False",
-        "model.routed_scaling_factor=1.0", "mtp.num_nextn_predict_layers=0", "precision.recipe=bfloat16")),
+    "V2-Lite": ("experiments/deepseek_v2_lite.py", (
+        "mtp.num_nextn_predict_layers=0", "precision.recipe=bfloat16")),
     "smoke": ("experiments/nano.py:smoke", (
         "model.vocab_size=512", "model.num_hidden_layers=2", "mtp.num_nextn_predict_layers=0",
         "precision.recipe=bfloat16")),
@@ -43,10 +39,10 @@ BANDWIDTH = {  # bytes a second by the data sheet, by JAX's name of the device
 
 def absorbed(q_BTNH, q_rope_BTNP, latent_BSR, rope_key_BSP, k_NHR, v_NRJ):
     """Values o_BTNJ of new tokens at the end of the cache, in the space of latents."""
-    q_latent_BTNR = jnp.einsum("BTNH,NHR->BTNR", q_BTNH, k_NHR)
+    q_latent_BTNR = by_head(q_BTNH, k_NHR)
     (B, T), S = q_BTNH.shape[:2], latent_BSR.shape[1]
     o_BTNR = mla_decode(q_latent_BTNR, q_rope_BTNP, latent_BSR, rope_key_BSP, jnp.full(B, S - T, jnp.int32), SCALE)
-    return jnp.einsum("BTNR,NRJ->BTNJ", o_BTNR, v_NRJ)
+    return by_head(o_BTNR, v_NRJ)
 
 
 def expanded(q_BTNH, q_rope_BTNP, latent_BSR, rope_key_BSP, k_NHR, v_NRJ):

@@ -178,10 +178,7 @@ def measure_speed(peer_python: str | None) -> dict:
                 about[side] = workers[side].about
             for turn in range(_ROUNDS.value):
                 for side in sides if turn % 2 == 0 else reversed(sides):
-                    worker = workers[side]
-                    worker.process.stdin.write("1\n")
-                    worker.process.stdin.flush()
-                    turns[side].append(worker.read())
+                    turns[side].append(workers[side].turn(1))
         finally:
             for worker in workers.values():
                 worker.close()

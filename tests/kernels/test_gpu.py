@@ -187,7 +187,7 @@ def error_of_non_negative_data(tiles_of_a, tiles_of_b, **keywords) -> float:
 
     a, b = operand(0, tiles_of_a), operand(1, tiles_of_b)
     y, (expected, _) = np.float64(mosaic.product(*a, *b, **keywords)), exact(a, b)
-    return np.linalg.norm(y - expected) / np.linalg.norm(expected)
+    return float(np.linalg.norm(y - expected) / np.linalg.norm(expected))
 
 
 def test_sums_are_promoted(record_property):

@@ -20,4 +20,4 @@ SWEEP = {
 
 
 def get_config(arms: str = ""):
-    return base.select(nano.get_config(), arms, SWEEP)
+    return base.select(nano.get_config(), arms, SWEEP | nano.SIZES)

@@ -22,21 +22,12 @@ from experiments import base, nano
 
 RECIPES = ("float32", "bfloat16", "fp8_deepseek", "fp8_tensor", "mxfp8", "fp8_blockwise_gradients")
 
-GPU = {  # widths are multiples of the tiles' 128; 65,536 tokens a step, about 16,000 rows for each expert
-    "model.hidden_size": 512, "model.intermediate_size": 1536, "model.num_hidden_layers": 9,
-    "model.num_attention_heads": 8, "model.num_key_value_heads": 8, "model.kv_lora_rank": 256,
-    "model.qk_nope_head_dim": 64, "model.qk_rope_head_dim": 32, "model.v_head_dim": 64,
-    "model.moe_intermediate_size": 256, "model.n_routed_experts": 32, "model.num_experts_per_tok": 8,
-    "data.bpe_vocab_size": 8192, "data.sequence_length": 2048, "training.batch_size": 32, "training.steps": 1000,
-    "optimizer.learning_rate": 2e-3, "optimizer.moment_dtype": "bfloat16", "evaluation.every_steps": 250,
-    "checkpoint.every_steps": 250}
-
 SWEEP = {name: {"precision.recipe": name} for name in RECIPES}
-SWEEP |= {f"gpu_{name}": {"precision.recipe": name, **GPU} for name in RECIPES}
+SWEEP |= {f"gpu_{name}": {"precision.recipe": name, **nano.SIZES["gpu"]} for name in RECIPES}
 
 
 def get_config(arms: str = ""):
     c = nano.get_config()
     c.precision.recipe = "fp8_deepseek"
     c.training.steps = 600
-    return base.select(c, arms, SWEEP)
+    return base.select(c, arms, SWEEP | nano.SIZES)

@@ -3,9 +3,31 @@
 Question: does the whole recipe (latent attention, balanced experts, a multi-token module) beat gzip within minutes?
 Command: make run, or
     python -m research.main --config=experiments/nano.py --workdir=runs/nano
+Its sizes, which ablations take as they are: `micro` and `mini` (nano's shape) are the rungs of the trained tables on a
+CPU, about as many tokens a parameter; `gpu`, of 124M parameters, is theirs on a GPU.
 """
 
 from experiments import base
+
+RUNG = {"data.validation_fraction": 0.02, "evaluation.every_steps": 0, "evaluation.samples": 0,
+        "evaluation.decode_prompts": 0}
+
+SIZES = {
+    "micro": {
+        "model.hidden_size": 96, "model.intermediate_size": 256, "model.num_hidden_layers": 3,
+        "model.kv_lora_rank": 48, "model.qk_nope_head_dim": 24, "model.qk_rope_head_dim": 8, "model.v_head_dim": 24,
+        "model.head_dim": 24, "model.moe_intermediate_size": 48, "data.bpe_vocab_size": 1024,
+        "data.sequence_length": 128, "training.steps": 400, **RUNG},
+    "mini": {"model.head_dim": 48, "training.steps": 800, **RUNG},
+    "gpu": {  # widths are multiples of FP8's tiles of 128; 65,536 tokens a step, about 16,000 rows for each expert
+        "model.hidden_size": 512, "model.intermediate_size": 1536, "model.num_hidden_layers": 9,
+        "model.num_attention_heads": 8, "model.num_key_value_heads": 8, "model.kv_lora_rank": 256,
+        "model.qk_nope_head_dim": 64, "model.qk_rope_head_dim": 32, "model.v_head_dim": 64,
+        "model.moe_intermediate_size": 256, "model.n_routed_experts": 32, "model.num_experts_per_tok": 8,
+        "data.bpe_vocab_size": 8192, "data.sequence_length": 2048, "training.batch_size": 32, "training.steps": 1000,
+        "optimizer.learning_rate": 2e-3, "optimizer.moment_dtype": "bfloat16", "evaluation.every_steps": 250,
+        "evaluation.decode_prompts": 0, "checkpoint.every_steps": 250},
+}
 
 
 def get_config(arms: str = ""):
@@ -21,4 +43,4 @@ def get_config(arms: str = ""):
     c.evaluation.every_steps = 300
     c.evaluation.decode_prompts = 8
     c.checkpoint.every_steps = 300
-    return base.select(c, arms)
+    return base.select(c, arms, SIZES)

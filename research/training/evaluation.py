@@ -12,6 +12,7 @@ from research.data.pipeline import load_corpus, validation_batches
 from research.data.tokenizer import Tokenizer
 from research.errors import RequestError
 from research.interop.weights import read_weights, variables_of
+from research.model.balance import load_violation
 from research.model.build import make_model
 from research.training.step import make_eval_step
 
@@ -22,7 +23,8 @@ def evaluate(eval_step, state, corpus, settings, batches: int | None = None, bar
     The average of the weights is evaluated where there is one. `loss`: nats a target; `bits_per_byte`: over all
     targets, end of text included, for the UTF-8 bytes of the documents (scaled from the part that was read);
     `mtp_accuracy`: share of targets that each depth's likeliest token hits, the text before them given: an upper
-    guide to, not a measure of, what drafting accepts. bar: show on a terminal how far it is.
+    guide to, not a measure of, what drafting accepts; `load_violation`, of a model with experts: MaxVio of the loads of
+    all this text, averaged over layers (MaxVio_global of 2408.15664). bar: show on a terminal how far it is.
     """
     params = state["params"] if state["ema"] is None else state["ema"]
     sums = None
@@ -37,7 +39,7 @@ def evaluate(eval_step, state, corpus, settings, batches: int | None = None, bar
         "bits_per_byte": loss / math.log(2) * corpus.validation.targets / corpus.validation_bytes,
         "mtp_accuracy": (sums["mtp_hits"] / np.maximum(sums["mtp_targets"], 1)).tolist(),
         "targets": int(sums["targets"]),
-    }
+    } | ({} if sums["loads"] is None else {"load_violation": float(np.mean(load_violation(sums["loads"])))})
 
 
 @environment.runnable()

@@ -139,7 +139,8 @@ def make_train_step(model: Transformer, settings):
 
 
 def make_eval_step(model: Transformer, settings):
-    """(params, routing, batch) -> sums over the batch: nats, targets, and hits and targets of each depth (M,)."""
+    """(params, routing, batch) -> sums over the batch: nats, targets, loads (L, E) of the routed layers (None without
+    such), and hits and targets of each depth (M,)."""
     @jax.jit
     def eval_step(params, routing, batch):
         logits_BTV, out = apply_model(model, settings, params, routing, batch)
@@ -149,7 +150,7 @@ def make_eval_step(model: Transformer, settings):
             targets_BT, mask_BT = mtp_targets(batch, k)
             hits.append(jnp.sum((jnp.argmax(logits, axis=-1) == targets_BT) & mask_BT))
             counts.append(jnp.sum(mask_BT))
-        return {"nats": nats, "targets": jnp.sum(batch["mask_BT"]), "mtp_hits": jnp.array(hits, jnp.int32),
-                "mtp_targets": jnp.array(counts, jnp.int32)}
+        return {"nats": nats, "targets": jnp.sum(batch["mask_BT"]), "loads": loads_of(out["routing"])["layers"],
+                "mtp_hits": jnp.array(hits, jnp.int32), "mtp_targets": jnp.array(counts, jnp.int32)}
 
     return eval_step

@@ -79,7 +79,8 @@ def test_what_a_run_leaves(peace):
     assert [line["tokens"] for line in train] == [4 * 32 * step for step in range(1, 13)]
     validation = runs.lines(workdir, "validation")
     assert [line["step"] for line in validation] == [6, 12]
-    assert all(set(line) == {"step", "split", "loss", "bits_per_byte", "mtp_accuracy", "targets"}
+    assert all(set(line) == {"step", "split", "loss", "bits_per_byte", "mtp_accuracy", "targets",
+                             "load_violation"}
                for line in validation)
     record = json.loads((workdir / "environment.json").read_text())
     assert {"python", "packages", "device", "commit", "corpus_hash", "matmul_peak_flops"} <= set(record)
@@ -178,7 +179,7 @@ def test_the_average_is_evaluated_and_writes_the_samples(peace, monkeypatch):
 
     def eval_step(params, routing, batch):
         seen.append(params)
-        return {"nats": 1.0, "targets": 1, "mtp_hits": [0], "mtp_targets": [1]}
+        return {"nats": 1.0, "targets": 1, "loads": None, "mtp_hits": [0], "mtp_targets": [1]}
 
     class Recorder:
         def __init__(self, model, variables):

@@ -2,7 +2,8 @@
 
 Question: which of them reaches the lower validation loss, and which the lower MaxVio, at nano's size?
 Command, for each arm: python -m research.main --config=experiments/balance.py:ARM --workdir=runs/balance/ARM
-Cost: each arm as long as nano. Result: not yet run.
+    and for the tables: python -m research.tables --table=v3_balance --scale=cpu (also alf_updates, v3_batchwise)
+Cost: each arm as long as nano; micro: 2 minutes. Result: at nano's own steps not yet run; results/v3_balance.md.
 """
 
 from experiments import base, nano
@@ -13,6 +14,12 @@ SWEEP = {
     "centred": {"model.bias_update": "centred"},
     "proportional": {"model.bias_update": "proportional"},
     "multiplicative": {"model.bias_form": "multiplicative"},
+    **{f"sign_{speed}": {"model.balance_loss": "none", "model.bias_update_speed": float(speed)}
+       for speed in ("1e-4", "1e-2")},
+    **{f"proportional_{speed}": {"model.balance_loss": "none", "model.bias_update_speed": float(speed),
+                                 "model.bias_update": "proportional"} for speed in ("1e-2", "1e-3")},
+    **{f"multiplicative_{speed}": {"model.balance_loss": "none", "model.bias_update_speed": float(speed),
+                                   "model.bias_form": "multiplicative"} for speed in ("1e-2", "1e-3")},
     "sequence_loss": {"model.bias_update": "none", "model.aux_loss_alpha": 1e-3},
     "batch_loss": {"model.bias_update": "none", "model.balance_loss": "batch", "model.aux_loss_alpha": 1e-3},
     "nothing": {"model.bias_update": "none", "model.balance_loss": "none"},
@@ -20,4 +27,5 @@ SWEEP = {
 
 
 def get_config(arms: str = ""):
-    return base.select(nano.get_config(), arms, SWEEP | nano.SIZES)
+    c, arms = nano.sized(arms)
+    return base.select(c, arms, SWEEP)

@@ -23,11 +23,12 @@ from experiments import base, nano
 RECIPES = ("float32", "bfloat16", "fp8_deepseek", "fp8_tensor", "mxfp8", "fp8_blockwise_gradients")
 
 SWEEP = {name: {"precision.recipe": name} for name in RECIPES}
-SWEEP |= {f"gpu_{name}": {"precision.recipe": name, **nano.SIZES["gpu"]} for name in RECIPES}
+SWEEP |= {f"gpu_{name}": {**nano.SIZES["gpu"], "precision.recipe": name} for name in RECIPES}
 
 
 def get_config(arms: str = ""):
-    c = nano.get_config()
+    c, following = nano.sized(arms)
     c.precision.recipe = "fp8_deepseek"
-    c.training.steps = 600
-    return base.select(c, arms, SWEEP | nano.SIZES)
+    if following == arms:  # of no size
+        c.training.steps = 600
+    return base.select(c, following, SWEEP)

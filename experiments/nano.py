@@ -4,7 +4,8 @@ Question: does the whole recipe (latent attention, balanced experts, a multi-tok
 Command: make run, or
     python -m research.main --config=experiments/nano.py --workdir=runs/nano
 Its sizes, which ablations take as they are: `micro` and `mini` (nano's shape) are the rungs of the trained tables on a
-CPU, about as many tokens a parameter; `gpu`, of 124M parameters, is theirs on a GPU.
+CPU, about as many tokens a parameter; `gpu`, of 124M parameters, is theirs on a GPU. A size stands before the arm, and
+the arm has the last word: `experiments/mtp.py:micro:depth_1`.
 """
 
 from experiments import base
@@ -25,8 +26,8 @@ SIZES = {
         "model.qk_nope_head_dim": 64, "model.qk_rope_head_dim": 32, "model.v_head_dim": 64,
         "model.moe_intermediate_size": 256, "model.n_routed_experts": 32, "model.num_experts_per_tok": 8,
         "data.bpe_vocab_size": 8192, "data.sequence_length": 2048, "training.batch_size": 32, "training.steps": 1000,
-        "optimizer.learning_rate": 2e-3, "optimizer.moment_dtype": "bfloat16", "evaluation.every_steps": 250,
-        "evaluation.decode_prompts": 0, "checkpoint.every_steps": 250},
+        "optimizer.learning_rate": 2e-3, "optimizer.moment_dtype": "bfloat16", "precision.recipe": "bfloat16",
+        "evaluation.every_steps": 250, "evaluation.decode_prompts": 0, "checkpoint.every_steps": 250},
 }
 
 
@@ -44,3 +45,9 @@ def get_config(arms: str = ""):
     c.evaluation.decode_prompts = 8
     c.checkpoint.every_steps = 300
     return base.select(c, arms, SIZES)
+
+
+def sized(arms: str):
+    """(nano at the size that the arms begin with, or as it is; the arms that follow)."""
+    size, _, following = arms.partition(":")
+    return (get_config(size), following) if size in SIZES else (get_config(), arms)

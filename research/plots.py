@@ -71,6 +71,27 @@ def bars(axes, labels: list[str], series: dict[str, list[float | None]], quantit
                 loc="lower left", bbox_to_anchor=(0, 1), ncols=len(series))
 
 
+def ranges(axes, labels: list[str], series: dict[str, list[tuple | None]], quantity: str) -> None:
+    """Horizontal ranges (middle, low, high) of each label around a line at 0, a series beside another.
+
+    quantity: the axis's label, with its unit.
+    """
+    apart = 0.6 / len(series)
+    for number, ((name, points), look) in enumerate(zip(series.items(), itertools.cycle(LINES))):
+        shown = [(place, *point) for place, point in enumerate(points) if point is not None]
+        place, middle, low, high = zip(*shown, strict=True)
+        at = [y + (number - (len(series) - 1) / 2) * apart for y in place]
+        axes.hlines(at, low, high, color="black", linewidth=1.1)
+        axes.plot(middle, at, color="black", linestyle="none", marker=look["marker"], markerfacecolor="white",
+                  label=name)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.grid(False, axis="y")
+    axes.set_xlabel(quantity)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(series))
+
+
 def svg(draw, name: str, label: str, height: float = 2.5) -> str:
     """One axes that `draw` fills, as an `<svg>` that stands in a page and takes the page's ink, paper and font.
 

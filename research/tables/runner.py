@@ -1,9 +1,9 @@
 """A paper's table beside ours: its rows, and the three files that show them.
 
-A table is a module of this package with TITLE, SOURCE (paper and table), SCALES ({scale: function that gives its Rows})
-and `draw(axes, rows)`, the picture of one scale's rows. NOTES, where it has them, say what the sources leave open or
-get wrong. `results/NAME.json` holds the rows of every scale that was made, by scale, so that a run at one scale leaves
-the others as they stand; the Markdown and the picture show all of them.
+A table is a module of this package with TITLE, SOURCE (paper and table), `draw(axes, rows)`, the picture of one scale's
+rows, and SCALES ({scale: function that gives its Rows}) or STUDY (trained models, see study.py). NOTES, where it has
+them, say what the sources leave open or get wrong. `results/NAME.json` holds the rows of every scale that was made, by
+scale, so that a run at one scale leaves the others as they stand; the Markdown and the picture show all of them.
 """
 
 import importlib
@@ -19,13 +19,17 @@ from research.errors import RequestError
 from research.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
-INFRASTRUCTURE = ("__main__", "runner")
+INFRASTRUCTURE = ("__main__", "runner", "study")
 SCALES = ("analytic", "cpu", "gpu")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: the paper's, as it is printed with `digits` decimals, and ours; None where one of them is missing."""
+    """One figure: the paper's, as it is printed with `digits` decimals, and ours; None where one of them is missing.
+
+    Of trained models ours is a mean with its range over seeds; such a model is not the paper's, so that not the figures
+    are compared but a verdict says whether a difference between two of them has the paper's direction.
+    """
 
     what: str
     unit: str
@@ -33,10 +37,28 @@ class Row:
     ours: float | None
     digits: int = 0
     how: str = ""  # how ours comes about
+    least: float | None = None
+    greatest: float | None = None
+    verdict: str = ""
+
+    def cells(self) -> list[str]:
+        """The paper's figure and ours as the page shows them."""
+        shown = ["" if x is None else f"{x:,.{self.digits}f}" for x in (self.paper, self.ours)]
+        if self.least is not None and self.least != self.greatest:
+            shown[1] += f" ({self.least:,.{self.digits}f} to {self.greatest:,.{self.digits}f})"
+        return shown
+
+    def to_json(self) -> dict:
+        """Its fields, without those of trained models where it has none, and the difference."""
+        absent = {name for name in ("least", "greatest", "verdict") if getattr(self, name) in (None, "")}
+        return {name: value for name, value in asdict(self).items() if name not in absent} | {
+            "difference": self.difference()}
 
     def difference(self) -> str:
-        """`equal` to the printed digit, or how far off; nothing where there is nothing to compare."""
-        if self.paper is None or self.ours is None:
+        """The verdict, or `equal` to the printed digit, or how far off; nothing where there is nothing to compare."""
+        if self.verdict:
+            return self.verdict
+        if self.paper is None or self.ours is None or self.least is not None:
             return ""
         if f"{self.ours:.{self.digits}f}" == f"{self.paper:.{self.digits}f}":
             return "equal"
@@ -67,15 +89,30 @@ def provenance(command: str, seeds: tuple[int, ...] = ()) -> dict:
             "machine": about["processor"] + ("" if kind[0] == "cpu" else f", {kind[1]}")}
 
 
+def scales(table) -> tuple[str, ...]:
+    """Those that a table has."""
+    return tuple(table.SCALES) if hasattr(table, "SCALES") else SCALES[1:]
+
+
 def write(name: str, scale: str, rows: list[Row], made: dict, folder: Path) -> None:
-    """Puts a scale's rows into `folder/NAME.json` and shows all scales in `NAME.md` and `NAME.png`."""
+    """Puts a scale's rows into `folder/NAME.json` and shows all scales in `NAME.md` and `NAME.png`.
+
+    Rows that stand there already keep what they were made by; where nothing differs, nothing is written.
+    """
     table, path = load(name), folder / f"{name}.json"
-    found = _read(path)
+    before = _read(path)
+    new = [row.to_json() for row in rows]
+    kept = before.get("made", {})
+    if before.get("rows", {}).get(scale) != new or kept.get(scale, {}).get("not_run") != made.get("not_run"):
+        kept = kept | {scale: made}
     found = {"table": name, "title": table.TITLE, "source": table.SOURCE, "notes": list(getattr(table, "NOTES", ())),
-             "rows": found.get("rows", {}) | {scale: [asdict(row) | {"difference": row.difference()} for row in rows]},
-             "made": found.get("made", {}) | {scale: made}}
+             "rows": before.get("rows", {}) | {scale: new}, "made": kept}
     every = {each: [Row(**{key: value for key, value in row.items() if key != "difference"})
                     for row in found["rows"][each]] for each in SCALES if each in found["rows"]}
+    page, picture = folder / f"{name}.md", folder / f"{name}.png"
+    text = markdown(found, every, [each for each in scales(table) if each not in every])
+    if found == before and picture.exists() and page.exists() and page.read_text() == text:
+        return
 
     def draw(axes):
         for panel, (each, its) in zip(axes, every.items(), strict=True):
@@ -83,22 +120,26 @@ def write(name: str, scale: str, rows: list[Row], made: dict, folder: Path) -> N
             panel.set_title(f"{table.TITLE} ({each})", loc="left", pad=24)
 
     folder.mkdir(parents=True, exist_ok=True)
-    plots.save(folder / f"{name}.png", draw, len(every))
-    write_whole(folder / f"{name}.md", markdown(found, every))
+    plots.save(picture, draw, len(every))
+    write_whole(page, text)
     write_whole(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
-def markdown(found: dict, every: dict[str, list[Row]]) -> str:
-    """The page of a table."""
+def markdown(found: dict, every: dict[str, list[Row]], absent: list[str]) -> str:
+    """The page of a table; `absent` are the scales that it has and that were not run."""
     lines = [f"# {found['title']}", "", found["source"] + "."]
     for scale, rows in every.items():
         made = found["made"][scale]
         lines += ["", f"## {scale}", "", "| | unit | paper | ours | difference | ours is |", "|---" * 6 + "|"]
-        for row in rows:
-            numbers = ["" if x is None else f"{x:,.{row.digits}f}" for x in (row.paper, row.ours)]
-            lines.append(f"| {row.what} | {row.unit} | {' | '.join(numbers)} | {row.difference()} | {row.how} |")
+        lines += [f"| {row.what} | {row.unit} | {' | '.join(row.cells())} | {row.difference()} | {row.how} |"
+                  for row in rows]
         seeds = f"; seeds {', '.join(map(str, made['seeds']))}" if made["seeds"] else ""
         lines += ["", f"`{made['command']}` at {made['commit']}; {made['machine']}, JAX {made['jax']}{seeds}."]
+        if made.get("not_run"):
+            lines += ["", f"Not yet run at this scale: the size {', '.join(made['not_run'])}."]
+    for scale in absent:
+        lines += ["", f"## {scale}", "",
+                  f"Not yet run: `python -m research.tables --table={found['table']} --scale={scale}`."]
     lines += [""] + [f"- {note}" for note in found["notes"]]
     return "\n".join([*lines, "", f"![{found['title']}]({found['table']}.png)", ""])
 

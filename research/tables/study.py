@@ -1,0 +1,305 @@
+"""What a table of trained models is made of: arms x sizes x seeds of an experiment, trained, measured and judged.
+
+A run is research.main's own training into `runs/tables/EXPERIMENT/SIZE/ARM-SEED`, which tables of one experiment share.
+A killed one goes on at its newest checkpoint; a finished one is taken as it is, unless its resolved config has changed:
+then it is trained again. Losses of models of other sizes on other text are no figures to compare, so a table's verdicts
+are on the paper's directions: the differences between two arms, of one seed each.
+"""
+
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from absl import logging
+from tqdm import tqdm
+
+from research import config, experiment, plots
+from research.errors import RequestError, RunError
+from research.tables.runner import ROOT, Row
+from research.training.metrics import read_lines
+
+SIZES = {"cpu": ("micro", "mini"), "gpu": ("gpu",)}  # of experiments/nano.py
+CONFIDENCE = 0.95
+REPRODUCED, NOT, NOISE = "reproduced", "not reproduced", "within noise"
+ONE = "one seed, no verdict"
+
+
+def last(name: str):
+    """A figure of a run's last evaluation, which read all held-out text."""
+    return lambda run, lines: [line for line in lines if line["split"] == "validation"][-1][name]
+
+
+def cache_bytes(run, lines: list[dict]) -> float:
+    """Of a decoded token, in bfloat16."""
+    from research.decoding.cache import bytes_per_token
+    from research.model.build import make_model
+
+    return bytes_per_token(make_model(vocabulary(run.settings)), "bfloat16")
+
+
+def vocabulary(settings):
+    """The settings with the tokenizer's size, as training has them."""
+    return settings.with_vocabulary(settings.data.bpe_vocab_size)
+
+
+def of_batches(run, lines: list[dict]) -> float:
+    """MaxVio of a training batch, averaged over layers and the last half of the steps."""
+    found = [line["load_violation"] for line in lines if line["split"] == "train"]
+    return statistics.fmean(found[len(found) // 2:])
+
+
+QUANTITIES = {  # name and unit of a figure: what reads it off a run and its metrics, and its decimals
+    "bits per byte": (last("bits_per_byte"), 4),
+    "validation loss": (last("loss"), 4),
+    "MaxVio": (last("load_violation"), 3),
+    "MaxVio of a batch": (of_batches, 3),
+    "bytes of cache a token": (cache_bytes, 0),
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A direction of the paper: the figure of `arm` less that of `than`; 0 where equal, None where it has none."""
+
+    quantity: str
+    arm: str
+    than: str
+    paper: float | None
+    where: str  # which of the paper's figures
+
+
+@dataclass(frozen=True)
+class Study:
+    """Arms of `experiments/EXPERIMENT.py`, what is read off their runs, and what the paper says of it.
+
+    paper: {(quantity, arm): the paper's figure, of a far larger model on another text}.
+    """
+
+    experiment: str
+    arms: tuple[str, ...]
+    quantities: tuple[str, ...]
+    claims: tuple[Claim, ...]
+    paper: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One to train: its checked settings and where it lies."""
+
+    size: str
+    arm: str
+    seed: int
+    settings: config.Settings
+    workdir: Path
+
+    def __str__(self) -> str:
+        return f"{self.arm}-{self.seed} ({self.size})"
+
+
+def plan(study: Study, sizes: Iterable[str], seeds: Iterable[int], fields: Iterable[str], folder: Path) -> list[Run]:
+    """Every run, all arms of a seed before the next seed; `fields` are `group.field=value` of every arm.
+
+    Raises RequestError for a wrong one before anything is trained.
+    """
+    seeds, runs = tuple(seeds), []
+    for size in sizes:
+        for seed in seeds:
+            for arm in study.arms:
+                chosen = experiment.load(f"{ROOT}/experiments/{study.experiment}.py:{size}:{arm}")
+                settings = config.check(experiment.change(chosen, [*fields, f"training.seed={seed}"]))
+                runs.append(Run(size, arm, seed, settings, folder / study.experiment / size / f"{arm}-{seed}"))
+    return runs
+
+
+def check_device(scale: str) -> None:
+    """Raises RequestError where JAX would not train on what the scale names."""
+    import jax
+
+    if jax.default_backend() != scale:
+        raise RequestError(f"--scale={scale}: JAX runs on {jax.default_backend()} here" +
+                           (", JAX_PLATFORMS=cpu changes that" if scale == "cpu" else ""))
+
+
+def changed(run: Run) -> str:
+    """The first field in which the config that the workdir was trained by differs; nothing where none does."""
+    before, now = (experiment.flatten(json.loads(each.to_json())) for each in (config.read(run.workdir), run.settings))
+    for name, value in now.items():
+        learned = name == "model.vocab_size" and value is None  # the tokenizer's own
+        if before[name] != value and not learned and name != "data.cache":
+            return f"config.{name} was {before[name]} and is {value}"
+    return ""
+
+
+def lines_of(run: Run) -> list[dict] | None:
+    """The metrics of a run that is finished under this config; None for any other."""
+    steps = run.settings.training.steps
+    if not (run.workdir / "checkpoints" / str(steps)).is_dir():
+        return None
+    try:
+        if changed(run):
+            return None
+    except RequestError:  # of another version's fields
+        return None
+    lines = read_lines(run.workdir / "metrics.jsonl")
+    return lines if any(line["split"] == "validation" and line["step"] == steps for line in lines) else None
+
+
+def train(runs: list[Run]) -> None:
+    """Trains those that are not finished, one after another, with one bar over all of them.
+
+    Raises RunError with the run's name where one fails; Stopped passes through, after its run is saved.
+    """
+    missing = [run for run in runs if lines_of(run) is None]
+    work, start = [_work(run) for run in missing], time.monotonic()
+    with tqdm(total=sum(work), dynamic_ncols=True, disable=None, leave=False, file=sys.stderr,
+              bar_format="{desc} {percentage:3.0f}% |{bar}| [{elapsed}<{remaining}]") as bar:
+        for number, run in enumerate(missing):
+            done = sum(work[:number])
+            left = (time.monotonic() - start) / done * (sum(work) - done) if done else None
+            said = f"{run}: {len(runs) - len(missing) + number} of {len(runs)} runs are done"
+            bar.set_description_str(said)
+            logging.info("%s", said + (f", about {tqdm.format_interval(left)} left" if left else ""))
+            _train(run)
+            bar.update(work[number])
+
+
+def _work(run: Run) -> float:
+    """FLOPs of a run's training, what the time that is left is told by."""
+    from research.accounting import flops
+
+    settings = vocabulary(run.settings)
+    t, tokens = settings.training, settings.data.sequence_length
+    return t.steps * t.batch_size * tokens * flops.training_per_token(settings)
+
+
+def _train(run: Run) -> None:
+    import jax
+
+    from research.training import loop
+    from research.training.workdir import owned
+
+    if (run.workdir / "config.json").exists():
+        try:
+            other = changed(run)
+        except RequestError as error:
+            other = str(error)
+        if other:
+            logging.info("%s: %s: trained again", run, other)
+            with owned(run.workdir):
+                for path in run.workdir.iterdir():
+                    if path.name != ".lock":
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    try:
+        loop.train(run.settings, run.workdir)
+    except RunError as error:
+        raise RunError(f"{run}: {error}") from error
+    finally:
+        jax.clear_caches()  # a process holds dozens of runs, each with programs of its own
+
+
+def measure(study: Study, runs: list[Run]) -> dict[tuple[str, str, str], dict[int, float]]:
+    """{(size, quantity, arm): {seed: figure}} of the sizes of which every run is finished."""
+    lines = {run: lines_of(run) for run in runs}
+    torn = {run.size for run in runs if lines[run] is None}
+    found: dict = {}
+    for run in runs:
+        if run.size not in torn:
+            for quantity in study.quantities:
+                read = QUANTITIES[quantity][0]
+                found.setdefault((run.size, quantity, run.arm), {})[run.seed] = read(run, lines[run])
+    return found
+
+
+def rows(study: Study, found: dict) -> list[Row]:
+    """Each arm's figures, then each claim's differences with its verdict, size by size."""
+    sizes, table = list(dict.fromkeys(size for size, _, _ in found)), []
+    for size in sizes:
+        for quantity in study.quantities:
+            for arm in study.arms:
+                figures = found[size, quantity, arm]
+                table.append(Row(f"{size}: {arm}", quantity, study.paper.get((quantity, arm)),
+                                 **_spread(figures.values(), quantity), how=_seeds(figures)))
+        for claim in study.claims:
+            ours, theirs = (found[size, claim.quantity, arm] for arm in (claim.arm, claim.than))
+            paired = [ours[seed] - theirs[seed] for seed in ours]
+            table.append(Row(f"{size}: {claim.arm} less {claim.than}", claim.quantity, claim.paper,
+                             **_spread(paired, claim.quantity), verdict=verdict(paired, claim.paper),
+                             how=f"{claim.where}; {margin(paired)}"))
+    return table
+
+
+def verdict(paired: list[float], paper: float | None) -> str:
+    """Whether the differences of the seeds have the paper's direction, by a paired t-test at 95%.
+
+    The interval holds 0: within noise. Beyond it on the paper's side: reproduced. On the other side, or on any where
+    the paper has both equal: not reproduced. Where the paper says nothing: higher or lower. One seed has no interval.
+    """
+    if len(paired) < 2:
+        return ONE
+    mean, half = statistics.fmean(paired), half_width(paired)
+    if abs(mean) <= half:
+        return NOISE
+    if paper is None:
+        return "higher" if mean > 0 else "lower"
+    return REPRODUCED if mean * paper > 0 else NOT
+
+
+def half_width(paired: list[float]) -> float:
+    """Of the interval of the mean of so many differences, by Student's t."""
+    from scipy import stats
+
+    n = len(paired)
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * statistics.stdev(paired) / n ** 0.5
+
+
+def margin(paired: list[float]) -> str:
+    return f"ours ± {half_width(paired):.2g} (paired t, 95%)" if len(paired) > 1 else "one pair"
+
+
+def _spread(values: Iterable[float], quantity: str) -> dict:
+    """Mean and range, and the quantity's decimals, as fields of a Row."""
+    values = list(values)
+    return {"ours": statistics.fmean(values), "digits": QUANTITIES[quantity][1],
+            "least": min(values), "greatest": max(values)}
+
+
+def _seeds(figures: Mapping[int, float]) -> str:
+    return f"mean of {len(figures)} seeds" if len(figures) > 1 else "one seed"
+
+
+def provenance(command: str, runs: list[Run], found: dict) -> dict:
+    """What the measured runs were made by and on, as they say themselves; `not_run` are sizes without figures."""
+    sizes = dict.fromkeys(size for size, _, _ in found)
+    about = [json.loads((run.workdir / "environment.json").read_bytes()) for run in runs if run.size in sizes]
+
+    def every(read) -> str:
+        return " and ".join(sorted({str(read(each)) for each in about}))
+
+    return {"command": command, "commit": every(lambda each: each["commit"]),
+            "jax": every(lambda each: each["packages"]["jax"]), "machine": every(_machine),
+            "seeds": sorted({run.seed for run in runs}),
+            "not_run": [size for size in dict.fromkeys(run.size for run in runs) if size not in sizes]}
+
+
+def _machine(about: dict) -> str:
+    kind = about["device"].split(" ", 1)
+    return about["processor"] + ("" if kind[0] == "cpu" else f", {kind[1]}")
+
+
+def draw(axes, table: list[Row]) -> None:
+    """The differences of the table's first claims' quantity, with their ranges over seeds, by size."""
+    claims = [row for row in table if row.verdict]
+    chosen = [row for row in claims if row.unit == claims[0].unit]
+    labels = list(dict.fromkeys(row.what.split(": ", 1)[1] for row in chosen))
+    series: dict = {}
+    for row in chosen:
+        size, label = row.what.split(": ", 1)
+        series.setdefault(size, dict.fromkeys(labels))[label] = (row.ours, row.least, row.greatest)
+    plots.ranges(axes, labels, {size: list(points.values()) for size, points in series.items()},
+                 f"difference of {claims[0].unit}: mean and range over seeds")

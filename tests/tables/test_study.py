@@ -19,10 +19,10 @@ from tests.training import runs
 TRAINED = [name for name in runner.names() if hasattr(runner.load(name), "STUDY")]
 PAIR = Study("mtp", ("depth_0", "depth_1"), ("bits per byte", "MaxVio", "MaxVio of a batch"),
              (Claim("bits per byte", "depth_1", "depth_0", -0.001, "here"),))
-FIELDS = [f"{name}={value}" for name, value in (runs.MICRO | {  # one layer, compiled in seconds
-    "model.num_hidden_layers": 1, "model.first_k_dense_replace": 0, "training.steps": 2, "training.ema_decay": 0.0,
-    "data.tokenizer": "bytes", "checkpoint.every_steps": 0, "evaluation.every_steps": 0, "evaluation.samples": 0,
-    "optimizer.moment_dtype": "float32"}).items()]
+FIELDS = [f"{name}={value}" for name, value in (runs.MICRO | {  # one dense layer: compiled in seconds
+    "model.num_hidden_layers": 1, "model.n_routed_experts": 0, "mtp.num_nextn_predict_layers": 0, "training.steps": 2,
+    "training.ema_decay": 0.0, "data.tokenizer": "bytes", "checkpoint.every_steps": 0, "evaluation.every_steps": 0,
+    "evaluation.samples": 0, "optimizer.moment_dtype": "float32"}).items()]
 
 
 def recorded(run: study.Run, bits: float, violation: float = 0.5) -> None:
@@ -40,7 +40,7 @@ def recorded(run: study.Run, bits: float, violation: float = 0.5) -> None:
 
 def test_a_run_is_trained_once_and_again_when_its_config_changes(tmp_path, monkeypatch):
     fields = [*FIELDS, f"data.cache={tmp_path / 'cache'}"]
-    one = Study("mtp", ("depth_0",), PAIR.quantities, ())
+    one = Study("mtp", ("depth_0",), ("bits per byte",), ())
     planned = study.plan(one, ["micro"], [3], fields, tmp_path)
     assert [run.workdir for run in planned] == [tmp_path / "mtp" / "micro" / "depth_0-3"]
     assert study.measure(one, planned) == {}
@@ -48,7 +48,6 @@ def test_a_run_is_trained_once_and_again_when_its_config_changes(tmp_path, monke
     found = study.measure(one, planned)
     last = runs.lines(planned[0].workdir, "validation")[-1]
     assert found["micro", "bits per byte", "depth_0"][3] == last["bits_per_byte"]
-    assert found["micro", "MaxVio", "depth_0"][3] > 0
 
     calls = []
     monkeypatch.setattr(loop, "train", lambda settings, workdir: calls.append(settings.training.steps))

@@ -9,6 +9,7 @@ import time
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from research import config
@@ -179,7 +180,7 @@ def test_the_average_is_evaluated_and_writes_the_samples(peace, monkeypatch):
 
     def eval_step(params, routing, batch):
         seen.append(params)
-        return {"nats": 1.0, "targets": 1, "loads": None, "mtp_hits": [0], "mtp_targets": [1]}
+        return {"nats": 1.0, "targets": 1, "loads": np.array([[1.0, 3], [2, 2]]), "mtp_hits": [0], "mtp_targets": [1]}
 
     class Recorder:
         def __init__(self, model, variables):
@@ -191,7 +192,8 @@ def test_the_average_is_evaluated_and_writes_the_samples(peace, monkeypatch):
     monkeypatch.setattr(loop.samples, "Decoder", Recorder)
     for ema, expected in (("average", "average"), (None, "weights")):
         seen.clear()
-        loop.evaluation.evaluate(eval_step, state | {"ema": ema}, corpus, settings(), 1)
+        found = loop.evaluation.evaluate(eval_step, state | {"ema": ema}, corpus, settings(), 1)
+        assert found["load_violation"] == 0.25  # of the layers 0.5 and 0
         loop.samples.write(None, state | {"ema": ema}, corpus, settings(), workdir / "samples.md")
         assert seen == [expected] * 2
 

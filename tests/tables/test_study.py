@@ -113,6 +113,7 @@ def test_differences_are_of_equal_seeds_and_sizes_without_all_runs_are_left_out(
     assert (first.least, first.greatest, first.difference()) == (0.51, 2.51, "")
     assert first.ours == pytest.approx(1.51)
     assert [row.ours for row in rows if row.unit == "MaxVio of a batch"] == [0.25, 0.25]  # the last half
+    assert study.measure(PAIR, study.plan(PAIR, ["micro"], [0], ["optimizer.learning_rate=0.5"], tmp_path)) == {}
     made = study.provenance("c", planned, study.measure(PAIR, planned))
     assert made == {"command": "c", "commit": "abc", "jax": "0", "machine": "some EPYC", "seeds": [0, 1, 2],
                     "not_run": ["mini"]}

@@ -30,6 +30,7 @@ class Tiles:
     cluster: int = 1
     band: int = 8
     scales: str = "global"
+    turns: bool = False
 
     def __post_init__(self):
         if self.columns % 32 or not 32 <= self.columns <= 256:

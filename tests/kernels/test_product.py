@@ -146,10 +146,10 @@ def assert_the_kernel_agrees(shape, tile_b, chosen, out_dtype, tile_a=ROW, kinds
 
 @pytest.mark.parametrize("chosen, columns, tile_b, out_dtype", [
     (Tiles(stages=2), 384, SQUARE, jnp.bfloat16),
-    (Tiles(stages=2, band=1), 256, ROW, jnp.float32),
+    (Tiles(stages=2, band=1, turns=True), 256, ROW, jnp.float32),
     (Tiles(stages=2, scales="shared"), 256, ROW, jnp.float32),
-    (Tiles(stages=2, scales="shared", cluster=2), 256, SQUARE, jnp.bfloat16),
-    (Tiles(columns=160, stages=2), 320, SQUARE, jnp.bfloat16),
+    (Tiles(stages=2, scales="shared", cluster=2, turns=True), 256, SQUARE, jnp.bfloat16),
+    (Tiles(columns=160, stages=2, turns=True), 320, SQUARE, jnp.bfloat16),
     (Tiles(columns=192, stages=3, cluster=2), 384, SQUARE, jnp.float32),
     (Tiles(columns=192, stages=2, scales="shared"), 192, ROW, jnp.bfloat16),
 ])

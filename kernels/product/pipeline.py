@@ -64,7 +64,7 @@ def multiply(a_RC, scales_a, b, scales_b, tables, work: Callable[..., Work], n_w
     ring_has_b_scales = ring_has_a_scales and not by_block
 
     def kernel(a, sa, b, sb, *rest):
-        *tables, out, a_ring, b_ring, sa_ring, sb_ring, store_ring, full, empty = rest
+        *tables, out, a_ring, b_ring, sa_ring, sb_ring, store_ring, full, empty, turns = rest
         warpgroup = lax.axis_index("warpgroup")
 
         def slot_of(count):
@@ -113,6 +113,10 @@ def multiply(a_RC, scales_a, b, scales_b, tables, work: Callable[..., Work], n_w
             mine = pl.ds(warpgroup * HALF, HALF)
             for slot in range(layout.stages):  # every slot is free
                 plgpu.barrier_arrive(empty.at[slot])
+            if tiles.turns:
+                @pl.when(warpgroup == 1)
+                def _():
+                    plgpu.barrier_arrive(turns.at[0])  # the first turn
 
             def from_memory(task, i):
                 """(scales of rows, of columns) of step i, or of the last: those that the ring does not bring."""
@@ -144,8 +148,12 @@ def multiply(a_RC, scales_a, b, scales_b, tables, work: Callable[..., Work], n_w
 
                     def multiply_128(accumulator):
                         plgpu.wgmma(accumulator, a_ring.at[slot, mine], b_ring.at[slot].T)
+                        if tiles.turns:
+                            plgpu.barrier_arrive(turns.at[1 - warpgroup])  # its products queue behind these
                         return accumulator[...]
 
+                    if tiles.turns:
+                        plgpu.barrier_wait(turns.at[warpgroup])
                     sums = pl.run_scoped(multiply_128, plgpu.ACC((HALF, columns), jnp.float32))
                     plgpu.barrier_arrive(empty.at[slot])
                     if by_block:
@@ -206,6 +214,10 @@ def multiply(a_RC, scales_a, b, scales_b, tables, work: Callable[..., Work], n_w
 
             for_each_tile(compute_tile)
             plgpu.wait_smem_to_gmem(0)
+            if tiles.turns:
+                @pl.when(warpgroup == 0)
+                def _():
+                    plgpu.barrier_wait(turns.at[0])  # a turn that nobody takes: barriers end where they began
 
         lax.cond(warpgroup == FETCHING, fetch_all, compute_all)
 
@@ -227,6 +239,7 @@ def multiply(a_RC, scales_a, b, scales_b, tables, work: Callable[..., Work], n_w
         plgpu.SMEM((2, 2, HALF, layout.slice), out_dtype, transforms=swizzled(layout.slice, out_dtype)),
         plgpu.Barrier(num_arrivals=fetched, num_barriers=layout.stages),
         empty,
+        plgpu.Barrier(num_barriers=2) if tiles.turns else None,
     )
     return plgpu.kernel(
         kernel, out_type=jax.ShapeDtypeStruct(out_shape, out_dtype), scratch_types=scratch, kernel_name=name,

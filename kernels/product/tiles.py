@@ -22,7 +22,8 @@ class Tiles:
     columns: of an output tile. stages: of the ring; fewer where shared memory is short. cluster: 2 for two blocks that
     share rows. band: column tiles that are walked together, for the second-level cache. scales: read from `global`
     memory, a step ahead; or fetched through the ring, `shared`, where a fence orders their reading before the next
-    fetch into their place; `unfenced` leaves it out, as CUDA libraries do and the memory model does not allow.
+    fetch into their place; `unfenced` leaves it out, as CUDA libraries do and the memory model does not allow. turns:
+    the two computing warpgroups alternate at the tensor cores, instead of whenever their data is there.
     """
 
     columns: int = 128
@@ -30,6 +31,7 @@ class Tiles:
     cluster: int = 1
     band: int = 8
     scales: str = "global"
+    turns: bool = False
 
     def __post_init__(self):
         if self.columns % 32 or not 32 <= self.columns <= 256:
@@ -85,15 +87,19 @@ def multiprocessors() -> int:
 
 
 def default(rows: int, columns: int, by_block: bool) -> Tiles:
-    """128 columns, or 192 where those take less time by the number of rounds that all multiprocessors make."""
+    """128 columns, or 192 where those take less time by the rounds that all multiprocessors make.
+
+    A round costs its columns, and as much as 32 of them beside: a guess from an H100's times (experiments/LOG.md).
+    """
     def time(tiles):
         down, across = tiles.counts(rows, columns)
-        return -(-down * across // multiprocessors()) * tiles.columns
+        return -(-down * across // multiprocessors()) * (tiles.columns + 32)
 
-    wide = Tiles(columns=192)
-    if by_block and columns >= 192 and time(wide) < time(Tiles()):  # with a scale a row, 192 columns spill registers
+    usual = Tiles(stages=6, scales="shared")
+    wide = dataclasses.replace(usual, columns=192)
+    if by_block and columns >= 192 and time(wide) < time(usual):  # with a scale a row, 192 columns spill registers
         return wide
-    return Tiles()
+    return usual
 
 
 def candidates(columns: int, by_block: bool) -> list[Tiles]:
@@ -106,4 +112,6 @@ def candidates(columns: int, by_block: bool) -> list[Tiles]:
                       for cluster in clusters for scales in SCALES]
             found += [Tiles(columns=width, cluster=cluster, band=band, stages=6)
                       for cluster in clusters for band in (4, 16)]
+            found += [Tiles(columns=width, cluster=cluster, scales=scales, stages=6, turns=True)
+                      for cluster in clusters for scales in ("shared", "unfenced")]
     return [*found, Tiles(stages=4)]

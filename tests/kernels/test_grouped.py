@@ -146,10 +146,10 @@ def interpreted(function, *operands, ordered=True, **keywords):
 
 @pytest.mark.parametrize("name, columns, contraction, tile_b, tiles, out_dtype", [
     ("ragged", 256, 512, SQUARE, Tiles(stages=2), jnp.bfloat16),
-    ("an expert without rows", 256, 384, SQUARE, Tiles(stages=2, cluster=2), jnp.bfloat16),
+    ("an expert without rows", 256, 384, SQUARE, Tiles(stages=2, cluster=2, turns=True), jnp.bfloat16),
     ("rows of nobody", 192, 384, SQUARE, Tiles(columns=192, stages=2, scales="shared"), jnp.float32),
     ("one expert has all", 160, 256, ROW, Tiles(columns=160, stages=2, scales="shared"), jnp.bfloat16),
-    ("nobody has any", 128, 256, SQUARE, Tiles(stages=2), jnp.bfloat16),
+    ("nobody has any", 128, 256, SQUARE, Tiles(stages=2, turns=True), jnp.bfloat16),
     ("one block", 200, 300, SQUARE, None, jnp.bfloat16),
     ("rows of nobody", 130, 200, None, None, jnp.float32)])
 def test_product_kernel(name, columns, contraction, tile_b, tiles, out_dtype):
@@ -161,10 +161,10 @@ def test_product_kernel(name, columns, contraction, tile_b, tiles, out_dtype):
 
 
 @pytest.mark.parametrize("name, rows, columns, tile, tiles", [
-    ("ragged", 128, 256, ROW, Tiles(stages=2)),
+    ("ragged", 128, 256, ROW, Tiles(stages=2, turns=True)),
     ("an expert without rows", 128, 256, ROW, Tiles(stages=2, scales="shared", cluster=2)),
     ("rows of nobody", 256, 192, ROW, Tiles(columns=192, stages=2)),
-    ("one expert has all", 128, 128, ROW, Tiles(stages=2, scales="shared")),
+    ("one expert has all", 128, 128, ROW, Tiles(stages=2, scales="shared", turns=True)),
     ("nobody has any", 128, 128, ROW, Tiles(stages=2)),
     ("one block", 130, 200, ROW, None),
     ("ragged", 100, 300, None, None)])

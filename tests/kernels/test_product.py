@@ -146,10 +146,10 @@ def assert_the_kernel_agrees(shape, tile_b, chosen, out_dtype, tile_a=ROW, kinds
 
 @pytest.mark.parametrize("chosen, columns, tile_b, out_dtype", [
     (Tiles(stages=2), 384, SQUARE, jnp.bfloat16),
-    (Tiles(stages=2, band=1), 256, ROW, jnp.float32),
+    (Tiles(stages=2, band=1, turns=True), 256, ROW, jnp.float32),
     (Tiles(stages=2, scales="shared"), 256, ROW, jnp.float32),
-    (Tiles(stages=2, scales="shared", cluster=2), 256, SQUARE, jnp.bfloat16),
-    (Tiles(columns=160, stages=2), 320, SQUARE, jnp.bfloat16),
+    (Tiles(stages=2, scales="shared", cluster=2, turns=True), 256, SQUARE, jnp.bfloat16),
+    (Tiles(columns=160, stages=2, turns=True), 320, SQUARE, jnp.bfloat16),
     (Tiles(columns=192, stages=3, cluster=2), 384, SQUARE, jnp.float32),
     (Tiles(columns=192, stages=2, scales="shared"), 192, ROW, jnp.bfloat16),
 ])
@@ -242,8 +242,10 @@ def test_layouts():
 
 def test_default_tiles_are_wide_where_that_takes_fewer_rounds():
     assert default(4096, 2112, by_block=True).columns == 192  # 32 x 11 in 3 rounds of 132, not 32 x 17 in 5
-    assert default(4096, 2112, by_block=False) == default(4096, 7168, by_block=True) == Tiles()  # 14 rounds, not 10
-    assert default(4096, 130, by_block=True) == Tiles()
+    usual = Tiles(stages=6, scales="shared")
+    assert default(4096, 2112, by_block=False) == default(4096, 512, by_block=True) == usual  # one round of either
+    assert default(4096, 7168, by_block=True) == usual  # 14 rounds of 128, 10 of 192: as long, by the guess
+    assert default(4096, 130, by_block=True) == usual
 
 
 def test_unknown_tiles_are_refused():

@@ -134,7 +134,8 @@ def markdown(found: dict, every: dict[str, list[Row]], absent: list[str]) -> str
         lines += [f"| {row.what} | {row.unit} | {' | '.join(row.cells())} | {row.difference()} | {row.how} |"
                   for row in rows]
         seeds = f"; seeds {', '.join(map(str, made['seeds']))}" if made["seeds"] else ""
-        lines += ["", f"`{made['command']}` at {made['commit']}; {made['machine']}, JAX {made['jax']}{seeds}."]
+        trained = f", trained at {made['trained_at']}" if "trained_at" in made else ""
+        lines += ["", f"`{made['command']}` at {made['commit']}{trained}; {made['machine']}, JAX {made['jax']}{seeds}."]
         if made.get("not_run"):
             lines += ["", f"Not yet run at this scale: the size {', '.join(made['not_run'])}."]
     for scale in absent:

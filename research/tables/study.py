@@ -19,6 +19,7 @@ from absl import logging
 from tqdm import tqdm
 
 from research import config, experiment, plots
+from research.environment import commit
 from research.errors import RequestError, RunError
 from research.tables.runner import ROOT, Row
 from research.training.metrics import read_lines
@@ -274,14 +275,14 @@ def _seeds(figures: Mapping[int, float]) -> str:
 
 
 def provenance(command: str, runs: list[Run], found: dict) -> dict:
-    """What the measured runs were made by and on, as they say themselves; `not_run` are sizes without figures."""
+    """What the table and its runs were made by and on, as the runs say themselves; `not_run`: sizes without figures."""
     sizes = dict.fromkeys(size for size, _, _ in found)
     about = [json.loads((run.workdir / "environment.json").read_bytes()) for run in runs if run.size in sizes]
 
     def every(read) -> str:
         return " and ".join(sorted({str(read(each)) for each in about}))
 
-    return {"command": command, "commit": every(lambda each: each["commit"]),
+    return {"command": command, "commit": commit(), "trained_at": every(lambda each: each["commit"]),
             "jax": every(lambda each: each["packages"]["jax"]), "machine": every(_machine),
             "seeds": sorted({run.seed for run in runs}),
             "not_run": [size for size in dict.fromkeys(run.size for run in runs) if size not in sizes]}

@@ -166,7 +166,7 @@ def get_distillation_config() -> ConfigDict:
     t.digits = 1  # arithmetic: of the numbers it starts from
     t.generator = ""  # reasoning_gym: its name
     t.options = "{}"  # reasoning_gym: the generator's settings, as JSON
-    t.files = ""  # files: globs of JSON lines separated by commas; GSM8K's as they are
+    t.files = ""  # files: globs of JSON lines separated by commas; GSM8K's as they are; "": for evaluation alone
     t.test_files = ""  # files: of the test; "": test_fraction of the problems
     t.test_fraction = 0.1
     t.question_field = "question"
@@ -230,7 +230,9 @@ def get_distillation_config() -> ConfigDict:
     e.top_p = 0.95
     e.greedy = True  # one more response, of the likeliest tokens
     e.seed = c.get_ref("seed") + 0
-    e.published = ""  # what a paper says, shown below the table
+    e.published = ""  # a row of a paper beside ours: whose
+    e.published_pass_at_1 = 0.0  # percent; 0: the paper has none
+    e.published_cons_at_k = 0.0
 
     for name in ("teacher", "student"):
         c[name] = model = get_config()

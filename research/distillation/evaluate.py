@@ -15,6 +15,7 @@ from research.distillation.settings import METHODS, Settings
 from research.distillation.tasks import Problem
 from research.distillation.template import final_answer, well_formed
 from research.distillation.verify import Checker, number
+from research.errors import RequestError
 from research.experiment import flatten
 from research.files import write_whole
 from research.training.metrics import read_lines
@@ -67,8 +68,8 @@ def facts(folder: Path, settings, step: int | None) -> dict:
             "flops": (trained + forward / 3) * per_token}
 
 
-def table(found: dict) -> str:
-    """A Markdown table, a line for each model."""
+def table(found: dict, evaluation) -> str:
+    """A Markdown table, a line for each model, and one for what a paper says; evaluation: the config's group."""
     rows = ["| model | parameters | pass@1 (95%) | pass@k | cons@k | greedy | tokens | ended | training, TFLOP |",
             "|---|---|---|---|---|---|---|---|---|"]
     for name, x in found.items():
@@ -77,6 +78,10 @@ def table(found: dict) -> str:
             f"| {name} | {x['parameters'] / 1e6:,.2f}M | {one['value']:.1%} ({one['low']:.1%}-{one['high']:.1%}) | "
             f"{x['pass_at_k']:.1%} | {x['cons_at_k']:.1%} | {greedy} | {x['tokens']:.1f} | {x['ended']:.1%} | "
             f"{x['flops'] / 1e12:,.1f} |")
+    if evaluation.published:
+        one, votes = (f"{value:.1f}%" if value else "" for value in (evaluation.published_pass_at_1,
+                                                                    evaluation.published_cons_at_k))
+        rows.append(f"| {evaluation.published}, published | | {one} | | {votes} | | | | |")
     return "\n".join(rows)
 
 
@@ -88,10 +93,8 @@ def write(workdir: Path, settings: Settings, found: dict, problems: int) -> None
     text += [f"{problems:,} problems of the test, k = {k} responses to each at temperature "
              f"{settings.evaluation.temperature:g} and top-p {settings.evaluation.top_p:g}, up to "
              f"{settings.evaluation.max_tokens:,} tokens. The training column is of each model's own run, rollouts "
-             "included, without what it started from.\n", table(found) + "\n"]
-    text += [f"- {name}: {_WHAT[name]}\n" for name in found if name in _WHAT]
-    if settings.evaluation.published:
-        text += [f"Published: {settings.evaluation.published}\n"]
+             "included, without what it started from.\n", table(found, settings.evaluation) + "\n"]
+    text += ["\n".join(f"- {name}: {_WHAT[name]}" for name in found if name in _WHAT) + "\n"]
     text += _pictures(workdir, found) + _samples(workdir) + _made(settings)
     write_whole(workdir / "report.md", "\n".join(text))
 
@@ -100,7 +103,7 @@ def _pictures(workdir: Path, found: dict) -> list[str]:
     """Draws what there is to draw; nothing where matplotlib is missing, which runs do without."""
     try:
         plots.require("the report")
-    except Exception:
+    except RequestError:
         return ["Without matplotlib (requirements-dev.txt) there are no pictures.\n"]
     values = {"pass@1, %": [100 * x["pass_at_1"]["value"] for x in found.values()],
               "cons@k, %": [100 * x["cons_at_k"] for x in found.values()]}

@@ -62,10 +62,12 @@ class Settings:
 
 
 def complete(chosen: ConfigDict) -> ConfigDict:
-    """The config as it is, or, where it is that of a model alone, the default pipeline with this model as student."""
+    """The config as it is, or, where it is that of a model alone, a pipeline with this model as student: with R1's
+    template and without a cold start."""
     if "student" in chosen:
         return chosen
     whole = base.get_distillation_config()
+    whole.template, whole.cold_start.problems = "deepseek", 0
     whole.student.update_from_flattened_dict({
         name: value for name, value in flatten(chosen.to_dict()).items() if name != "training.seed"})
     return whole

@@ -65,6 +65,13 @@ class Pipeline:
         """Of training and of the test."""
         return tasks.train_and_test(self.settings.task)
 
+    @property
+    def training(self) -> list[Problem]:
+        """The problems of training, of which there is one at least."""
+        if not self.problems[0]:
+            raise RequestError.field("task.files", self.settings.task.files, "holds no problem that is not a test's")
+        return self.problems[0]
+
     def check(self, stages: Sequence[str]) -> None:
         """RequestError for what the first stage lacks, and what the config cannot mean."""
         s = self.settings
@@ -138,7 +145,7 @@ class Pipeline:
         problems = self.problems[1][:s.evaluation.problems or None]
         found = {name: self._evaluated(folder, name, problems) for name, folder in self._evaluated_folders.items()}
         evaluate.write(self.workdir, s, found, len(problems))
-        return f"{evaluate.table(found)}\n\nreport: {self.workdir / 'report.md'}"
+        return f"{evaluate.table(found, s.evaluation)}\n\nreport: {self.workdir / 'report.md'}"
 
     @property
     def teacher_folder(self) -> Path:
@@ -164,7 +171,7 @@ class Pipeline:
 
     @property
     def _asked(self) -> list[Problem]:
-        return self.problems[0][:self.settings.sampling.problems or None]
+        return self.training[:self.settings.sampling.problems or None]
 
     def _starts(self, name: str, steps: int) -> None:
         """RequestError where a model has nothing to start its reinforcement from, or nothing is to be done."""
@@ -184,7 +191,7 @@ class Pipeline:
         s = self.settings
         if not (s.cold_start.problems and steps):
             return getattr(s, name).checkpoint.initialize_from
-        solved = [problem for problem in self.problems[0] if problem.solution][:s.cold_start.problems]
+        solved = [problem for problem in self.training if problem.solution][:s.cold_start.problems]
         if not solved:
             raise RequestError.field("cold_start.problems", s.cold_start.problems, "shows worked solutions, which "
                                      f"config.task.source={s.task.source!r} has none of: set it to 0")
@@ -234,7 +241,7 @@ class Pipeline:
             return
         reinforcement = self.settings.reinforcement
         settings = reinforce.settings_of(getattr(self.settings, name), reinforcement, steps, start)
-        rollouts = reinforce.Rollouts(self.problems[0], self._tokenizer(settings, start), self.settings.template,
+        rollouts = reinforce.Rollouts(self.training, self._tokenizer(settings, start), self.settings.template,
                                       self.checker, reinforcement, settings)
         loop.train(settings, self.workdir / folder, corpus=rollouts, evaluate=rollouts.evaluate,
                    loss=partial(reinforce.policy_loss, reinforcement=reinforcement))
@@ -258,7 +265,7 @@ class Pipeline:
         """That of the weights to start from, else the config's; a BPE learns from the examples of the cold start."""
         if start:
             return Tokenizer.load(Path(start).expanduser())
-        problems = self.problems[0][:max(self.settings.cold_start.problems, 500)]
+        problems = self.training[:max(self.settings.cold_start.problems, 500)]
         return build(settings.data, [Document(p.name, prompt + response)
                                      for p, (prompt, response) in zip(problems, self._worked(problems), strict=True)])
 
@@ -293,7 +300,10 @@ class Pipeline:
         found = {}
         for kind, one in plans.items():
             path = Path(f"{stem}.{kind}.jsonl")
-            sample(path, problems, decoder, tokenizer, first_of(tokenizer), self.settings.template, one)
+            try:
+                sample(path, problems, decoder, tokenizer, first_of(tokenizer), self.settings.template, one)
+            except RequestError as error:
+                raise RequestError(str(error).replace("config.sampling", "config.evaluation")) from None
             found[kind] = read(path)
         return evaluate.estimates(found, problems, self.checker) | evaluate.facts(folder, settings, step)
 

@@ -76,14 +76,15 @@ def train_and_test(task: Task) -> tuple[list[Problem], list[Problem]]:
     """(training, test) problems, each question once and on one side only.
 
     Which side is decided by the question's text alone, as `data.sources.split` does; with `test_files` by the file,
-    and a question that is in both is a test's. Raises RequestError for a task that cannot be had or is empty.
+    and a question that is in both is a test's; then `files` may be empty, for an evaluation. Raises RequestError for a
+    task that cannot be had or is empty.
     """
     readers = {"arithmetic": _arithmetic, "reasoning_gym": _reasoning_gym, "files": _files}
     if task.source not in readers:
         raise RequestError.field("task.source", task.source, f"is none of {', '.join(readers)}")
     if task.source == "files" and task.test_files:
         test = _distinct(_read(task, "test_files"))
-        return without(_distinct(_read(task, "files")), test), test
+        return without(_distinct(_read(task, "files")) if task.files else [], test), test
     train, test = split(_distinct(readers[task.source](task)), task.test_fraction)
     if not (train and test):
         raise RequestError.field("task.test_fraction", task.test_fraction,

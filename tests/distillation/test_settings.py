@@ -13,7 +13,8 @@ from research.experiment import flatten
 from tests.training import runs
 
 DEFAULT = base.get_distillation_config()
-ARMS = [("distill.py", arm) for arm in ("", *METHODS)]
+ARMS = [("distill.py", arm) for arm in ("", *METHODS)] + [("r1_evaluate.py", arm) for arm in (
+    "", "aime", "math500", "gsm8k", "aime:llama_8b")]
 
 
 def settings_of(*changes: str):
@@ -28,7 +29,8 @@ def test_every_arm_builds_and_shrinks(file, arm):
     whole = check(experiment.load(f"{path}:{arm}"))
     small = check(experiment.load(f"{path}:{arm}:smoke" if arm else f"{path}:smoke"))
     assert set(whole.fields) == set(flatten(DEFAULT.to_dict())) == set(flatten(json.loads(whole.to_json())))
-    assert arm in ("", whole.method) and small.method == whole.method
+    assert file != "distill.py" or arm in ("", whole.method)
+    assert small.method == whole.method and small.evaluation.published == whole.evaluation.published
     assert small.task.source == whole.task.source and small.student.model.attention == whole.student.model.attention
     with pytest.raises(RequestError, match="has no arm '\\?'"):
         experiment.load(f"{path}:?")
@@ -63,7 +65,7 @@ def test_the_config_of_a_model_alone_is_a_students():
     s = check(experiment.change(chosen, ["seed=5", "student.checkpoint.initialize_from=there"], DEFAULT))
     assert s.student.model.num_hidden_layers == 28 and s.student.optimizer.learning_rate == 1e-4
     assert s.student.training.seed == 5 and s.student.checkpoint.initialize_from == "there"
-    assert complete(chosen) is chosen
+    assert complete(chosen) is chosen and s.cold_start.problems == 0 and "boxed" in s.template.directive
 
 
 def test_a_reinforcement_is_never_saved_between_two_updates_of_a_batch():

@@ -1,7 +1,9 @@
 """From the config of research.distill to checked, frozen settings: `get_distillation_config` in experiments/base.py."""
 
+import contextlib
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -101,15 +103,23 @@ def check(chosen: ConfigDict) -> Settings:
 
 
 def _model(groups: dict, name: str) -> config.Settings:
-    """The settings of a group that is a whole config of research.main; errors name its fields with the group's name."""
-    try:
+    """The settings of a group that is a whole config of research.main."""
+    with named(name):
         found = config.check(groups[name])
         if found.training.batch_ramp_start:
             raise RequestError.field("training.batch_ramp_start", found.training.batch_ramp_start,
                                      "must be 0: batches of examples do not grow")
-    except RequestError as error:
-        raise RequestError(str(error).replace("config.", f"config.{name}.")) from None
     return found
+
+
+@contextlib.contextmanager
+def named(name: str):
+    """Errors about a model's own fields say whose they are: config.data.source becomes config.student.data.source."""
+    try:
+        yield
+    except RequestError as error:
+        groups = "|".join(field.name for field in dataclasses.fields(config.Settings))
+        raise RequestError(re.sub(rf"\bconfig\.(?=(?:{groups})\.)", f"config.{name}.", str(error))) from None
 
 
 def _check_rows(given: dict) -> None:

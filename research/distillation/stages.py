@@ -26,7 +26,7 @@ from research.decoding.sampling import Sampling
 from research.distillation import evaluate, imitate, reinforce, rejection, tasks
 from research.distillation.finetune import Examples
 from research.distillation.sample import Plan, read, sample
-from research.distillation.settings import Settings
+from research.distillation.settings import Settings, named
 from research.distillation.tasks import Problem
 from research.distillation.verify import Checker
 from research.errors import RequestError
@@ -227,24 +227,25 @@ class Pipeline:
             return
         changed = getattr(self.settings, name).to_config()
         changed.training.steps, changed.checkpoint.initialize_from = steps, start
-        settings = config.check(changed)
-        examples = Examples(pairs, self._tokenizer(settings, start), settings)
-        loss = loss_of
-        if folder == "logits":
-            loss = partial(imitate.imitation_loss, logits=self.settings.logits)
-            examples.kept = self._teacher_logits(examples, settings)
-        loop.train(settings, self.workdir / folder, corpus=examples, loss=loss)
+        with named(name):
+            settings, loss = config.check(changed), loss_of
+            examples = Examples(pairs, self._tokenizer(settings, start), settings)
+            if folder == "logits":
+                loss = partial(imitate.imitation_loss, logits=self.settings.logits)
+                examples.kept = self._teacher_logits(examples, settings)
+            loop.train(settings, self.workdir / folder, corpus=examples, loss=loss)
 
     def _reinforce(self, name: str, folder: str, steps: int, start: str) -> None:
         """Reinforces a model from the weights in `start`, in DIR/folder."""
         if self._done(folder, steps):
             return
         reinforcement = self.settings.reinforcement
-        settings = reinforce.settings_of(getattr(self.settings, name), reinforcement, steps, start)
-        rollouts = reinforce.Rollouts(self.training, self._tokenizer(settings, start), self.settings.template,
-                                      self.checker, reinforcement, settings)
-        loop.train(settings, self.workdir / folder, corpus=rollouts, evaluate=rollouts.evaluate,
-                   loss=partial(reinforce.policy_loss, reinforcement=reinforcement))
+        with named(name):
+            settings = reinforce.settings_of(getattr(self.settings, name), reinforcement, steps, start)
+            rollouts = reinforce.Rollouts(self.training, self._tokenizer(settings, start), self.settings.template,
+                                          self.checker, reinforcement, settings)
+            loop.train(settings, self.workdir / folder, corpus=rollouts, evaluate=rollouts.evaluate,
+                       loss=partial(reinforce.policy_loss, reinforcement=reinforcement))
 
     def _teacher_logits(self, examples: Examples, settings) -> dict:
         theirs, model, variables = checked_weights(self._sampled)

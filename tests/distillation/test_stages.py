@@ -185,6 +185,11 @@ def test_users_problems_need_their_fields_and_solutions(tmp_path):
     path.write_text("".join(json.dumps({"question": f"{n}?", "answer": str(n)}) + "\n" for n in range(9)))
     with pytest.raises(RequestError, match=r"config\.cold_start\.problems=120 shows worked solutions, which .*'files'"):
         run(tmp_path / "run", "teacher", **mine)
+    long = " ".join(map(str, range(99)))
+    rows = [{"question": f"{n}?", "answer": f"{long} #### {n}"} for n in range(9)]  # as GSM8K's
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(RequestError, match=r"config\.teacher\.data\.sequence_length=64 holds none of"):
+        run(tmp_path / "run", "teacher", **mine)
     path.write_text('{"question": "1?"}\n')
     with pytest.raises(RequestError, match=r"problems.jsonl:1 has no field 'answer' \(config\.task\.answer_field\)"):
         run(tmp_path / "run", "teacher", **mine)

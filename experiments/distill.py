@@ -36,7 +36,7 @@ def get_config(arms: str = ""):
     c = base.get_distillation_config()
     c.task.update(dict(count=6000, operations=2))
     c.cold_start.update(dict(problems=1000, student_steps=300))
-    c.reinforcement.update(dict(teacher_steps=100, student_steps=76, learning_rate=3e-4, max_tokens=48))
+    c.reinforcement.update(dict(teacher_steps=100, student_steps=76, max_tokens=48))
     c.sampling.update(dict(samples=4, max_tokens=48))
     c.evaluation.update(dict(samples=8, max_tokens=48))
     c.teacher.model.update(dict(

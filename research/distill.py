@@ -25,7 +25,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written, an
 def main() -> None:
     for flag in (_CONFIG, _STAGE, _WORKDIR):
         if not flag.value:
-            raise RequestError(f"--{flag.name} is required: {flag.help[0].lower()}{flag.help[1:].rstrip('.')}")
+            raise RequestError(f"--{flag.name} is required: --config=FILE --stage={'|'.join((*STAGES, 'all'))} "
+                               "--workdir=DIR")
     with command.stops_held():
         from research.distillation import settings, stages
     chosen = settings.complete(experiment.load(_CONFIG.value))

@@ -49,8 +49,17 @@ def run(settings: Settings, workdir: Path, stages: Sequence[str]) -> str:
         pipeline = Pipeline(settings, workdir, stack.enter_context(Checker(settings.checker_timeout)))
         pipeline.check(stages)
         environment.pin_threads()
+        first = not (workdir / "config.json").exists()
         _write_config(settings, workdir / "config.json")
-        return "\n".join(getattr(pipeline, stage)() for stage in stages)
+        said = []
+        for stage in stages:
+            try:
+                said.append(getattr(pipeline, stage)())
+            except RequestError:
+                if first and not said:
+                    (workdir / "config.json").unlink()  # nothing was done here
+                raise
+        return "\n".join(said)
 
 
 class Pipeline:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import base
-from research import experiment
+from research import command, distill, experiment
 from research.command import Stopped
 from research.distillation import reinforce, sample, stages
 from research.distillation.settings import check
@@ -196,6 +196,26 @@ def test_users_problems_need_their_fields_and_solutions(tmp_path):
     path.write_text('{"question": "1?", "answer": "one"}\n')
     with pytest.raises(RequestError, match=r"problems.jsonl:1 has the answer 'one', which is no number"):
         run(tmp_path / "run", "teacher", **mine)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ([], "error: --config is required: --config=FILE --stage=teacher|sample|verify|student|evaluate|all --workdir=DIR"),
+    (["--config=experiments/distill.py", "--workdir=d"], "error: --stage is required"),
+    (["--config=experiments/distill.py", "--workdir=d", "--stage=al"], "value should be one of <teacher|sample|"),
+    (["--config=experiments/distill.py:distill", "--workdir=d", "--stage=all"], "has no arm 'distill' (did you mean"),
+    (["--config=experiments/distill.py", "--workdir=d", "--stage=all", "--config.method=x"], "config.method='x' must"),
+])
+def test_a_wrong_command_is_answered_with_one_line(words, message, capsys, monkeypatch):
+    monkeypatch.chdir(runs.ROOT)
+    try:
+        assert command.execute(distill.main, ["distill", *words], distill.FLAGS) == 2
+    finally:
+        distill.FLAGS.unparse_flags()
+        for name in distill.FLAGS:
+            distill.FLAGS[name].value, distill.FLAGS[name].present = distill.FLAGS[name].default, 0
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and message in err and not (runs.ROOT / "d").exists()
 
 
 def test_a_benchmark_of_a_checkpoint_stands_beside_the_papers_row(whole, tmp_path):

@@ -9,9 +9,9 @@ the answer is right, than when it is reinforced itself? Arms, all from the same 
     python -m research.distill --config=experiments/distill.py:reinforced --stage=evaluate --workdir=runs/distill
     python -m research.distill --config=experiments/distill.py:smoke --stage=all --workdir=runs/distill_smoke
 Task: two operations on digits, written out one a line. The teacher is a DeepSeek-V3 of 0.9M parameters, the students
-are Qwen2-shaped, of 0.1M. 76 reinforced updates cost a student about what its 600 steps of fine-tuning do, rollouts
+are Qwen2-shaped, of 0.1M. 95 reinforced updates cost a student about what its 600 steps of fine-tuning do, rollouts
 included; the report has the operations of both.
-Result: not yet run with several seeds; see experiments/LOG.md for what was tried.
+Result: not yet run. Cost: not yet measured; experiments/LOG.md says what was tried.
 """
 
 from experiments import base
@@ -36,7 +36,7 @@ def get_config(arms: str = ""):
     c = base.get_distillation_config()
     c.task.update(dict(count=6000, operations=2))
     c.cold_start.update(dict(problems=1000, student_steps=300))
-    c.reinforcement.update(dict(teacher_steps=100, student_steps=76, max_tokens=48))
+    c.reinforcement.update(dict(teacher_steps=100, student_steps=95, max_tokens=48))
     c.sampling.update(dict(samples=4, max_tokens=48))
     c.evaluation.update(dict(samples=8, max_tokens=48))
     c.teacher.model.update(dict(

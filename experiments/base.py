@@ -145,19 +145,116 @@ def get_config() -> ConfigDict:
     return c.lock()
 
 
-def select(config: ConfigDict, arms: str, sweep: dict | None = None) -> ConfigDict:
+def get_distillation_config() -> ConfigDict:
+    """The fields of research.distill: a teacher and a student, each with all of the fields above, and what joins them.
+
+    Which of a model's fields count here: all of `model`, `mtp`, `precision`, `optimizer`, `mesh` and `checkpoint`, of
+    `data` tokenizer, bpe_vocab_size, sequence_length and validation_fraction (of the examples), and of `training` all;
+    what is read is examples, not `data.source`. With `checkpoint.initialize_from` a model brings its tokenizer along.
+    """
+    c = ConfigDict()
+    c.seed = 0  # of all draws that have no other seed below
+    c.method = "distilled"  # what the student learns from: reference | reinforced | distilled | unverified | logits
+    c.template = "plain"  # of prompts: plain | deepseek (R1's chat template and its directive for mathematics)
+    c.checker_timeout = 5.0  # seconds an answer, at most
+
+    c.task = t = ConfigDict()
+    t.source = "arithmetic"  # arithmetic: worked solutions | reasoning_gym (requirements-distill.txt) | files
+    t.count = 4000  # problems that are made, for training and test together; of files the first so many, 0: all
+    t.seed = c.get_ref("seed") + 0
+    t.operations = 3  # arithmetic
+    t.digits = 1  # arithmetic: of the numbers it starts from
+    t.generator = ""  # reasoning_gym: its name
+    t.options = "{}"  # reasoning_gym: the generator's settings, as JSON
+    t.files = ""  # files: globs of JSON lines separated by commas; GSM8K's as they are; "": for evaluation alone
+    t.test_files = ""  # files: of the test; "": test_fraction of the problems
+    t.test_fraction = 0.1
+    t.question_field = "question"
+    t.answer_field = "answer"
+    t.solution_field = ""  # "": what stands before #### in the answer
+    t.check = "numeric"  # files: how answers are compared: numeric | latex
+
+    c.cold_start = k = ConfigDict()  # fine-tuning on worked solutions, which both models may begin with
+    k.problems = 500  # of the training problems, whose solutions are shown; 0: no cold start
+    k.student_steps = 300  # the teacher's are teacher.training.steps; 0: the student begins as it is
+
+    c.reinforcement = r = ConfigDict()  # GRPO, of the teacher and of the student with method="reinforced"
+    r.teacher_steps = 100  # updates; 0: the cold start is the teacher
+    r.student_steps = 100
+    r.learning_rate = 1e-4  # constant after the warm-up
+    r.warmup_fraction = 0.05
+    r.questions = 16  # of a batch
+    r.group_size = 8  # G: samples of each question
+    r.minibatches = 1  # that a batch is cut into, an update each
+    r.epochs = 1  # over the same batch
+    r.max_tokens = 96
+    r.temperature = 1.0
+    r.form = "token"  # token (DeepSeekMath Eq. 3) | sequence (R1 Eq. 1-3)
+    r.clip = 0.2
+    r.kl_weight = 0.001  # beta, of the divergence from the weights that it started from
+
+    c.sampling = s = ConfigDict()
+    s.checkpoint = ""  # who is sampled, a workdir or a Hugging Face folder; "": the teacher of this workdir
+    s.problems = 0  # the first so many training problems; 0: all
+    s.samples = 4  # of each
+    s.batch_size = 64
+    s.max_tokens = 96
+    s.temperature = 0.6
+    s.top_p = 0.95
+    s.seed = c.get_ref("seed") + 0
+
+    c.rejection = j = ConfigDict()
+    j.max_tokens = 96  # longer ones are not taught
+    j.foreign_share = 0.1  # of the letters in scripts that the question does not use, at most
+    j.repeated_words = 8  # a run of so many words ...
+    j.repeated_times = 4  # ... must not come so often
+    j.per_problem = 4  # that are kept
+
+    c.tuning = u = ConfigDict()  # the student's fine-tuning
+    u.files = ""  # JSON lines of one's own; "": what the method says
+    u.question_field = "question"
+    u.response_field = "response"  # reasoning, </think>, answer
+
+    c.logits = g = ConfigDict()  # method="logits": the teacher's distributions at the tokens of the kept samples
+    g.direction = "forward"  # forward: KL(teacher || student) | reverse
+    g.temperature = 1.0
+    g.top_k = 16  # tokens stored of each position; the rest counts as one class
+
+    c.evaluation = e = ConfigDict()
+    e.checkpoint = ""  # who is evaluated besides, a workdir or a Hugging Face folder; then of this workdir nobody
+    e.problems = 0  # the first so many of the test; 0: all
+    e.samples = 8  # k of pass@1's mean, pass@k and cons@k
+    e.batch_size = 64
+    e.max_tokens = 96
+    e.temperature = 0.6
+    e.top_p = 0.95
+    e.greedy = True  # one more response, of the likeliest tokens
+    e.seed = c.get_ref("seed") + 0
+    e.published = ""  # a row of a paper beside ours: whose
+    e.published_pass_at_1 = 0.0  # percent; 0: the paper has none
+    e.published_cons_at_k = 0.0
+
+    for name in ("teacher", "student"):
+        c[name] = model = get_config()
+        model.training.seed = c.get_ref("seed") + 0
+        model.data.tokenizer, model.data.bpe_vocab_size = "bpe", 300
+    return c.lock()
+
+
+def select(config: ConfigDict, arms: str, sweep: dict | None = None, smoke: dict | None = None) -> ConfigDict:
     """The config with what follows the colon of `--config=FILE.py:arm:smoke` applied, in order.
 
     sweep: {arm: {`group.field`: value}}, the arms of an ablation beside the values they vary. `smoke` shrinks any
     config to seconds and keeps what makes it itself: its attention, router, precision, multi-token depth (at least one
-    module) and data.
+    module) and data; or it changes the fields of `smoke`.
     """
     sweep = sweep or {}
     for arm in filter(None, arms.split(":")):
         known = (*sweep, "smoke")
         if arm not in known:
             raise RequestError(f"has no arm {arm!r}{nearest(arm, known)}; it has {', '.join(known)}")
-        config.update_from_flattened_dict(_smoke(config) if arm == "smoke" else sweep[arm])
+        changes = sweep[arm] if arm != "smoke" else _smoke(config) if smoke is None else smoke
+        config.update_from_flattened_dict(changes)
     return config
 
 

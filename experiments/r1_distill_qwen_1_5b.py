@@ -4,6 +4,9 @@ Question: none yet; shape and fine-tuning as R1 (v2 B.4.3) gives them: 2 of its 
 cosine from 1e-4 to a tenth. Command:
     python -m research.account --config=experiments/r1_distill_qwen_1_5b.py
     python -m research.main --config=experiments/r1_distill_qwen_1_5b.py:smoke --workdir=runs/r1_distill_smoke
+    python -m research.distill --config=experiments/r1_distill_qwen_1_5b.py --stage=student --workdir=DIR \\
+        --config.student.checkpoint.initialize_from=Qwen2.5-Math-1.5B --config.tuning.files=samples.jsonl
+The last reads a user's samples (question, response) and trains R1's student from the base's folder; the others' text.
 Result: 1.7771B parameters (tests/accounting). The fine-tuning: not yet run.
 """
 

@@ -98,7 +98,17 @@ class Settings:
 
 def check(config) -> Settings:
     """Checks every field and how they fit together. Raises RequestError with one line for the first that is wrong."""
-    default = base.get_config()
+    groups = checked_fields(config, base.get_config())
+    given = flatten(groups)
+    _check_values(given)
+    _check_model(given)
+    _check_training(given)
+    return Settings(**{f.name: FrozenConfigDict(groups[f.name]) for f in fields(Settings)})
+
+
+def checked_fields(config, default: ConfigDict) -> dict:
+    """The config as nested dicts with exactly the fields of `default`, each of its type; 3 becomes 3.0 where that is
+    meant. Raises RequestError."""
     plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     known, given = flatten(default.to_dict()), flatten(plain)
     for name, value in given.items():
@@ -107,18 +117,13 @@ def check(config) -> Settings:
         if name not in given:
             raise RequestError(f"config.{name} is missing")
         _check_type(name, given[name], known[name])
-    _check_values(given)
-    _check_model(given)
-    _check_training(given)
-    groups = {f.name: plain[f.name] for f in fields(Settings)}
-    for name, value in given.items():  # 3 where 3.0 was meant
         if isinstance(known[name], float):
             *path, leaf = name.split(".")
-            node = groups
+            node = plain
             for part in path:
                 node = node[part]
-            node[leaf] = float(value)
-    return Settings(**{name: FrozenConfigDict(group) for name, group in groups.items()})
+            node[leaf] = float(given[name])
+    return plain
 
 
 def _check_type(name: str, value, default) -> None:

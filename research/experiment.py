@@ -54,12 +54,13 @@ def load(argument: str) -> ConfigDict:
     return config
 
 
-def change(config: ConfigDict, assignments: Iterable[str]) -> ConfigDict:
+def change(config: ConfigDict, assignments: Iterable[str], default: ConfigDict | None = None) -> ConfigDict:
     """The config with `group.field=value` set for each assignment in order; what is derived from a field follows it.
 
-    Raises RequestError for an unknown field, with the nearest, and for text that is no value of the field's type.
+    default: which fields there are; None: those of a run. Raises RequestError for an unknown field, with the nearest,
+    and for text that is no value of the field's type.
     """
-    defaults = flatten(base.get_config().to_dict())
+    defaults = flatten((default or base.get_config()).to_dict())
     for assignment in assignments:
         name, _, text = assignment.partition("=")
         check_name(name, _literal(text), defaults)

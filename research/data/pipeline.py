@@ -36,6 +36,19 @@ class Corpus:
     gzip_bits_per_byte: float | None  # None where nothing is held out
     corpus_hash: str  # of all documents, training and held out
 
+    @property
+    def description(self) -> str:
+        """What there is to read, in a phrase."""
+        return f"corpus {len(self.train.flat):,} tokens, {self.validation_bytes:,} bytes held out"
+
+    def train_batches(self, settings: Any) -> "TrainBatches":
+        """What the steps of a run read, from the first on."""
+        return TrainBatches(self, settings)
+
+    def validation_batches(self, settings: Any, batches: int | None = None) -> Iterator[Batch]:
+        """See the function of this name."""
+        return validation_batches(self, settings, batches)
+
 
 def load_corpus(settings: Any, tokenizer: Tokenizer | None = None) -> Corpus:
     """The corpus of `settings.data`, through `tokenizer` where one is given (a checkpoint's), else `data.tokenizer`.
@@ -118,6 +131,10 @@ class TrainBatches:
 
     def __next__(self) -> Batch:
         return next(self._iterator)
+
+    def take(self, state: Any) -> Batch:
+        """The next batch. What text is read does not depend on the state of training; what a policy says does."""
+        return next(self)
 
     def get_state(self) -> dict[str, Any]:
         """The next step, and the hashes of the corpus and the tokenizer."""

@@ -12,6 +12,7 @@ from flax import struct
 from kernels.quantize import dequantize, quantize
 
 STORAGE = ("float32", "bfloat16", "fp8")  # fp8: E4M3 in tiles of 1x128 (V3 §3.3.2), the rotary key in bfloat16
+UNROLLED_ROWS = 16  # updates of a wider batch are a loop: 128 of them take half a minute to compile
 WHOLE_IN_FP8 = ("rope_key",)  # position is all that these 64 numbers carry: 16 bits, as serving engines keep them
 
 
@@ -40,11 +41,23 @@ class Rows:
 
 def _write(slots, new, start_B):
     """`new` (B, T, ...) at slots start_B, ..., start_B + T - 1 of each row of `slots` (B, S, ...)."""
-    new = new.astype(slots.dtype)
-    for b in range(new.shape[0]):  # one update in place each: a scatter would copy or loop over single elements
-        at = (b, start_B[b]) + (0,) * (slots.ndim - 2)
-        slots = jax.lax.dynamic_update_slice(slots, new[b:b + 1], at)
-    return jax.lax.optimization_barrier(slots)  # fused with a reader, the update would be made in a copy for it alone
+    # fused with a reader, the update would be made in a copy for it alone
+    return jax.lax.optimization_barrier(write_rows(slots, new.astype(slots.dtype), start_B))
+
+
+def write_rows(array, new, start_B):
+    """`array` (B, S, ...) with `new` (B, T, ...) at start_B, ... of each row: one update in place each, as a scatter
+    would copy or loop over single elements."""
+    def write(b, array):
+        at = (b, start_B[b]) + (0,) * (array.ndim - 2)
+        return jax.lax.dynamic_update_slice(array, jax.lax.dynamic_slice_in_dim(new, b, 1), at)
+
+    B = new.shape[0]
+    if B <= UNROLLED_ROWS:
+        for b in range(B):
+            array = write(b, array)
+        return array
+    return jax.lax.fori_loop(0, B, write, array)
 
 
 def _quantized(values):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.decoding import speculative
-from research.decoding.cache import empty_cache
+from research.decoding.cache import empty_cache, write_rows
 from research.decoding.forward import decoding_model, forward, head, mtp_forward, prepare
 from research.decoding.sampling import Sampling
 from research.environment import give_back_memory
@@ -76,9 +76,13 @@ class Decoder:
         weights: None, int8 or int4, see `forward.storage`. ValueError for routed experts in int8 or int4."""
         self.model = decoding_model(model, recipe)
         self.cache_dtype = cache_dtype or self.model.products.recipe.name
-        self.weights = variables if "layers" in variables else (
-            jax.jit(partial(prepare, model=self.model, weights=weights))(variables))
+        self._prepare = jax.jit(partial(prepare, model=self.model, weights=weights))
         self._compiled = {}
+        self.take(variables)
+
+    def take(self, variables) -> None:
+        """Goes on with other weights of the same model, as `__init__` has them; what is compiled stays."""
+        self.weights = variables if "layers" in variables else self._prepare(variables)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, sampling: Sampling = GREEDY,
                  draft_tokens: int = 0, seed: int = 0, ends: Sequence[int] = (), steps_at_once: int = 0,
@@ -254,9 +258,7 @@ def decode(weights, state, ends, max_tokens, steps, *, model, sampling, k: int):
         room_B = max_tokens - state["count_B"]
         count_B = jnp.where(jnp.any(ended_BT, axis=1), jnp.argmax(ended_BT, axis=1), accepted_B) + 1
         count_B = jnp.where(active_B, jnp.minimum(count_B, room_B), 0)
-        tokens = state["tokens"]
-        for b in range(B):
-            tokens = jax.lax.dynamic_update_slice(tokens, emitted_BT[b:b + 1], (b, state["count_B"][b]))
+        tokens = write_rows(state["tokens"], emitted_BT, state["count_B"])
         hidden = after if model.mtp.hidden == "after_norm" else before
         state = state | {"cache": state["cache"] | {"layers": layers}, "tokens": tokens}
         if k:  # a row that is done passes over the same positions again

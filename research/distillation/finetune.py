@@ -1,22 +1,111 @@
-"""Rows of a student's fine-tuning: prompts and responses, packed and isolated (V3 §5.1), the loss on responses only.
+"""What fine-tuning reads: prompts and responses, packed and isolated (V3 §5.1), the loss on responses only.
 
 A batch has the shape that `data.packing` gives and `training.step` reads; attention stays within an example.
 """
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from absl import logging
 
 from research.data.packing import Batch
+from research.data.sources import place_of
 from research.data.tokenizer import Tokenizer
 from research.errors import RequestError
+
+
+class Examples:
+    """Stands in for a corpus in `training.loop.train`: pairs of texts, some of them held out.
+
+    kept: arrays with a row for each of `rows`' rows, which go into the batches beside the tokens.
+    """
+
+    validation_documents = ()  # no text is continued at the end
+    gzip_bits_per_byte = None
+
+    def __init__(self, pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer, settings: Any):
+        """pairs: (prompt, response); which are held out is decided by the prompt alone. Raises RequestError."""
+        fraction, length = settings.data.validation_fraction, settings.data.sequence_length
+        aside = held_out_of([prompt for prompt, _ in pairs], fraction)
+        train, held_out = ([pair for pair in pairs if (pair[0] in aside) is side] for side in (False, True))
+        if not (train and held_out):
+            raise RequestError.field("data.validation_fraction", fraction, f"leaves {len(train)} of {len(pairs)} "
+                                     f"examples to learn from and {len(held_out)} held out: both need one")
+        self.tokenizer, self.kept = tokenizer, {}
+        self.rows, self._held_out = (Rows(part, tokenizer, sequence_length=length, seed=settings.training.seed)
+                                     for part in (train, held_out))
+        self.validation = SimpleNamespace(targets=self._held_out.targets)
+        self.validation_bytes = sum(len(response.encode()) for _, response in held_out)
+        self.corpus_hash = hashlib.blake2b(json.dumps(list(pairs)).encode(), digest_size=16).hexdigest()
+
+    @property
+    def description(self) -> str:
+        """What there is to learn from, in a phrase."""
+        return (f"{self.rows.examples:,} examples in {self.rows.rows:,} rows, {self.rows.targets:,} targets; "
+                f"{self._held_out.examples:,} held out")
+
+    def train_batches(self, settings: Any) -> "Batches":
+        """What the steps read, from the first on."""
+        def batch(step: int, _: Any) -> Batch:
+            numbers = self.rows.numbers(step, settings.training.batch_size)
+            return self.rows.of(numbers) | {name: array[numbers] for name, array in self.kept.items()}
+
+        return Batches(batch, {"corpus": self.corpus_hash, "tokenizer": self.tokenizer.hash})
+
+    def validation_batches(self, settings: Any, batches: int | None = None) -> Iterator[Batch]:
+        """Batches of `evaluation.batch_size` rows: every held-out example once, or the first `batches` of them."""
+        size = settings.evaluation.batch_size
+        for start in range(0, self._held_out.rows, size)[:batches]:
+            yield self._held_out.of(range(start, start + size))
+
+
+def held_out_of(prompts: Sequence[str], fraction: float) -> set[str]:
+    """The prompts that are held out: about a `fraction` of them, and at least one.
+
+    By a hash of its own: by the one that has parted training and test, all would be or none.
+    """
+    places = {prompt: place_of(hashlib.blake2b(prompt.encode(), digest_size=16, person=b"held out").digest())
+              for prompt in prompts}
+    least = min(places.values(), default=0)
+    return {prompt for prompt, place in places.items() if place < fraction or place == least}
+
+
+class Batches:
+    """Batches by their step, as `data.pipeline.TrainBatches` gives them: each is made when it is asked for."""
+
+    def __init__(self, batch, source: dict[str, str]):
+        """batch: (step from 1, state) -> Batch. source: hashes of what they are made of."""
+        self._batch, self._source, self._step = batch, source, 0
+
+    def take(self, state: Any) -> Batch:
+        """The next batch, from the state that is about to be trained with it."""
+        self._step += 1
+        return self._batch(self._step, state)
+
+    def get_state(self) -> dict[str, Any]:
+        """The last step, and the hashes."""
+        return {"step": self._step} | self._source
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues behind a step. Raises RequestError where the checkpoint has learned from something else."""
+        for name, value in self._source.items():
+            if state[name] != value:
+                raise RequestError(f"the checkpoint has learned from another {name} ({state[name]}) than there is now "
+                                   f"({value}): restore it, or remove the checkpoint's folder to start anew")
+        self._step = state["step"]
+
+    def close(self) -> None:
+        """Nothing runs in the background."""
 
 
 class Rows:
     """Random access to the batches of an endless order of epochs, each a new permutation of the same rows.
 
-    `examples`, `rows`: how many there are; `too_long`: examples left out because no row holds them.
+    `examples`, `rows`, `targets`: how many there are; `too_long`: examples left out because no row holds them.
     """
 
     def __init__(self, pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer, *, sequence_length: int, seed: int):
@@ -42,16 +131,25 @@ class Rows:
                             self.too_long, len(pairs), sequence_length)
         self._rows = self._packed()
         self.rows = len(self._rows)
+        self.targets = sum(len(tokens) - prompt for tokens, prompt in self._examples)
 
     def batch(self, step: int, size: int) -> Batch:
-        """The batch of step `step`, from 1, of `size` rows: it depends on the examples, the seed and the step alone.
+        """The batch of step `step`, from 1, of `size` rows: it depends on the examples, the seed and the step alone."""
+        return self.of(self.numbers(step, size))
+
+    def numbers(self, step: int, size: int) -> list[int]:
+        """Which rows step `step` reads."""
+        places = np.arange((step - 1) * size, step * size)
+        return [int(self._order(int(place) // self.rows)[place % self.rows]) for place in places]
+
+    def of(self, numbers: Sequence[int]) -> Batch:
+        """A batch of these rows; beyond the last they are empty.
 
         (size, T) `tokens_BT`, `targets_BT`, `segments_BT` (examples of a row from 1; 0 is padding), `positions_BT`
         (from 0 in each) and `mask_BT`: the target is of a response, its end included.
         """
-        numbers = np.arange((step - 1) * size, step * size)
-        chosen = [self._rows[self._order(int(number) // self.rows)[number % self.rows]] for number in numbers]
-        shape = (size, self._length)
+        chosen = [self._rows[number] if number < self.rows else [] for number in numbers]
+        shape = (len(chosen), self._length)
         batch = {name: np.zeros(shape, np.int32) for name in ("segments_BT", "positions_BT")}
         batch |= {name: np.full(shape, self._pad, np.int32) for name in ("tokens_BT", "targets_BT")}
         batch["mask_BT"] = np.zeros(shape, bool)

@@ -80,6 +80,20 @@ def write(path: Path, verified: Verified, problems: Sequence[Problem]) -> None:
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def read(path: Path) -> list[tuple[str, str]]:
+    """(question, response) of every kept sample. Raises RequestError where there is none, or a line is not one."""
+    try:
+        rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+        found = [(row["question"], row["response"]) for row in rows]
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise RequestError(f"{path} has a line that is no kept sample: an object with question and response") from None
+    if not found:
+        raise RequestError(f"{path} holds no sample: nothing of what was said is right, and fit to be taught")
+    return found
+
+
 def foreign_share(text: str, question: str) -> float:
     """Share of a text's letters whose script is neither the question's nor one that formulae use."""
     used = _EVERYWHERE | {_script(letter) for letter in question if letter.isalpha()}

@@ -76,14 +76,15 @@ def train_and_test(task: Task) -> tuple[list[Problem], list[Problem]]:
     """(training, test) problems, each question once and on one side only.
 
     Which side is decided by the question's text alone, as `data.sources.split` does; with `test_files` by the file,
-    and a question that is in both is a test's. Raises RequestError for a task that cannot be had or is empty.
+    and a question that is in both is a test's; then `files` may be empty, for an evaluation. Raises RequestError for a
+    task that cannot be had or is empty.
     """
     readers = {"arithmetic": _arithmetic, "reasoning_gym": _reasoning_gym, "files": _files}
     if task.source not in readers:
         raise RequestError.field("task.source", task.source, f"is none of {', '.join(readers)}")
     if task.source == "files" and task.test_files:
         test = _distinct(_read(task, "test_files"))
-        return without(_distinct(_read(task, "files")), test), test
+        return without(_distinct(_read(task, "files")) if task.files else [], test), test
     train, test = split(_distinct(readers[task.source](task)), task.test_fraction)
     if not (train and test):
         raise RequestError.field("task.test_fraction", task.test_fraction,
@@ -188,22 +189,32 @@ def _read(task: Task, field: str) -> list[Problem]:
     if task.check not in CHECKS:
         expected = f"is none of {', '.join(CHECKS)}{nearest(task.check, CHECKS)}"
         raise RequestError.field("task.check", task.check, expected)
-    patterns = getattr(task, field)
+    keys = {f"task.{name}": getattr(task, name) for name in ("question_field", "answer_field", "solution_field")}
+    problems = [_problem(where, texts, task, field)
+                for where, texts in read_rows(f"task.{field}", getattr(task, field), keys)]
+    if not problems:
+        raise RequestError.field(f"task.{field}", getattr(task, field), "holds no problem")
+    return problems[:task.count or None]
+
+
+def read_rows(name: str, patterns: str, keys: dict[str, str]) -> list[tuple[str, dict[str, str]]]:
+    """(`path:line`, texts) of every JSON line of the files that match, in the order of names and lines.
+
+    name: of the config's field that holds `patterns`, globs separated by commas. keys: {config field: key of the
+    lines}; a text stands under the last part of its config field, an empty key is left out. Raises RequestError.
+    """
     paths = []
     for pattern in filter(None, map(str.strip, patterns.split(","))):
         matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
         if not matches:
-            raise RequestError.field(f"task.{field}", patterns, f"{pattern!r} matches no file")
+            raise RequestError.field(name, patterns, f"{pattern!r} matches no file")
         paths += [path for path in matches if path not in paths]
-    problems = [problem for path in paths for problem in _problems_of(path, task, field)]
-    if not problems:
-        raise RequestError.field(f"task.{field}", patterns, "holds no problem")
-    return problems[:task.count or None]
+    return [row for path in paths for row in _rows_of(path, name, patterns, keys)]
 
 
-def _problems_of(path: str, task: Task, field: str) -> Iterator[Problem]:
+def _rows_of(path: str, field: str, patterns: str, keys: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
     def refuse(expectation: str) -> RequestError:
-        return RequestError.field(f"task.{field}", getattr(task, field), expectation)
+        return RequestError.field(field, patterns, expectation)
 
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -221,23 +232,28 @@ def _problems_of(path: str, task: Task, field: str) -> Iterator[Problem]:
         except (ValueError, RecursionError) as error:
             raise refuse(f"{where} is not JSON ({getattr(error, 'msg', 'nested too deeply')})") from None
         texts = {}
-        for name in ("question_field", "answer_field", "solution_field"):
-            key = getattr(task, name)
+        for name, key in keys.items():
             if not key:
                 continue
             if not isinstance(row, dict) or key not in row:
-                raise refuse(f"{where} has no field {key!r} (config.task.{name})")
+                raise refuse(f"{where} has no field {key!r} (config.{name})")
             value = row[key]
             if isinstance(value, int | float) and not isinstance(value, bool):
                 value = str(value)
             if not isinstance(value, str):
-                raise refuse(f"{where} has a field {key!r} that is not text (config.task.{name})")
-            texts[name] = value
-        before, _, answer = texts["answer_field"].rpartition(_MARKER)
-        answer, solution = answer.strip(), texts.get("solution_field", _ANNOTATION.sub("", before).strip())
-        if not texts["question_field"].strip() or not answer:
-            raise refuse(f"{where} has an empty {'answer' if not answer else 'question'}")
-        if task.check == "numeric" and number(answer) is None:
-            raise refuse(f"{where} has the answer {answer!r}, which is no number: config.task.check='latex' reads "
-                         "formulae")
-        yield Problem(texts["question_field"].strip(), answer, solution, task.check, where)
+                raise refuse(f"{where} has a field {key!r} that is not text (config.{name})")
+            texts[name.rpartition(".")[2]] = value
+        yield where, texts
+
+
+def _problem(where: str, texts: dict[str, str], task: Task, field: str) -> Problem:
+    def refuse(expectation: str) -> RequestError:
+        return RequestError.field(f"task.{field}", getattr(task, field), expectation)
+
+    before, _, answer = texts["answer_field"].rpartition(_MARKER)
+    answer, solution = answer.strip(), texts.get("solution_field", _ANNOTATION.sub("", before).strip())
+    if not texts["question_field"].strip() or not answer:
+        raise refuse(f"{where} has an empty {'answer' if not answer else 'question'}")
+    if task.check == "numeric" and number(answer) is None:
+        raise refuse(f"{where} has the answer {answer!r}, which is no number: config.task.check='latex' reads formulae")
+    return Problem(texts["question_field"].strip(), answer, solution, task.check, where)

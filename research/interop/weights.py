@@ -73,12 +73,18 @@ def checked_weights(folder: Path):
 
 
 def initial_variables(model, settings) -> dict:
-    """The weights of `checkpoint.initialize_from`, checked against the model that is to start from them."""
+    """The weights of `checkpoint.initialize_from`, checked against the model that is to start from them.
+
+    A head of the model's own begins as the embedding where the weights tie the two, as R1-Distill-Qwen-1.5B's did.
+    """
     folder = Path(settings.checkpoint.initialize_from).expanduser()
     try:
         _, saved = read_weights(folder)
     except RequestError as error:
         raise RequestError.field("checkpoint.initialize_from", str(folder), f"cannot be used: {error}") from None
+    if not settings.model.tie_word_embeddings and "lm_head" not in saved["params"]:
+        head_DV = np.ascontiguousarray(np.asarray(saved["params"]["embed_tokens"]).T)
+        saved = saved | {"params": saved["params"] | {"lm_head": head_DV}}
     variables, wrong = variables_of(saved, model, settings)
     if wrong:
         raise RequestError.field("checkpoint.initialize_from", str(folder), f"is of another model: {wrong}")

@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from research import environment
-from research.data.pipeline import load_corpus, validation_batches
+from research.data.pipeline import load_corpus
 from research.data.tokenizer import Tokenizer
 from research.errors import RequestError
 from research.interop.weights import read_weights, variables_of
@@ -29,7 +29,7 @@ def evaluate(eval_step, state, corpus, settings, batches: int | None = None, bar
     params = state["params"] if state["ema"] is None else state["ema"]
     sums = None
     with tqdm(total=corpus.validation.targets, unit=" tokens", disable=None if bar else True) as progress:
-        for batch in validation_batches(corpus, settings, batches):
+        for batch in corpus.validation_batches(settings, batches):
             part = jax.tree.map(lambda x: np.asarray(x, np.float64), eval_step(params, state["routing"], batch))
             sums = part if sums is None else jax.tree.map(np.add, sums, part)
             progress.update(int(part["targets"]))

@@ -13,25 +13,28 @@ from absl import logging
 from research import config, environment
 from research.accounting import flops, parameters
 from research.command import Stopped
-from research.data.pipeline import TrainBatches, load_corpus
+from research.data.pipeline import load_corpus
 from research.data.tokenizer import Tokenizer
 from research.errors import RequestError, RunError
 from research.model.build import make_model
 from research.training import evaluation, samples
 from research.training.checkpoint import Checkpoints
 from research.training.metrics import Clock, MetricsLog, Progress, to_plain
-from research.training.step import abstract_state, init_state, make_eval_step, make_train_step
+from research.training.step import abstract_state, init_state, loss_of, make_eval_step, make_train_step
 from research.training.stopping import Interrupted, StopRequests
 from research.training.workdir import owned, write_files
 
 
-def train(settings: config.Settings, workdir: Path, profile: bool = False) -> dict:
+def train(settings: config.Settings, workdir: Path, profile: bool = False, corpus=None, loss=loss_of,
+          evaluate: Callable | None = None) -> dict:
     """Trains from the workdir's newest intact checkpoint, or from the start, to `training.steps`; evaluates and saves.
 
+    corpus: None is the config's text; anything else that has batches (finetune.Examples, reinforce.Rollouts) stands in
+    for it. loss: as `step.loss_of`. evaluate: as `evaluation.evaluate`, whose `loss` says which checkpoint is best.
     Returns the summary that is printed. Raises RequestError before anything is written, RunError for a run that
     failed on its way, Stopped after saving on Ctrl-C or SIGTERM.
     """
-    corpus = load_corpus(settings)
+    corpus = corpus or load_corpus(settings)
     settings = settings.with_vocabulary(corpus.tokenizer.vocab_size)
     steps, saving, evaluating = settings.training.steps, settings.checkpoint, settings.evaluation
     model = make_model(settings)
@@ -41,7 +44,7 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False) -> di
         stack.enter_context(owned(workdir))
         stack.enter_context(explained(checkpoints, lambda: step))
         stack.enter_context(environment.runnable())
-        batches = TrainBatches(corpus, settings)
+        batches = corpus.train_batches(settings)
         stack.callback(batches.close)
         state, record = start(model, settings, checkpoints)
         if record:
@@ -54,15 +57,15 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False) -> di
         clock = Clock(record.get("seconds"))
         log = MetricsLog(workdir, step)
         stack.callback(log.close)
-        for evaluated, loss in log.validated.items():  # a stop in mid-evaluation has saved its step without a loss
-            checkpoints.rank(evaluated, loss)
+        for evaluated, told in log.validated.items():  # a stop in mid-evaluation has saved its step without a loss
+            checkpoints.rank(evaluated, told)
         logging.info("%s", describe(settings, corpus, first))
         progress = Progress(steps, step)
         stack.callback(progress.close)
         stop = stack.enter_context(StopRequests())
         profiler = Profiler(workdir / "profile", first + 3 if profile else None)
         flops_per_token = flops.training_per_token(settings)
-        step_function, compiled, eval_step = make_train_step(model, settings), {}, make_eval_step(model, settings)
+        step_function, compiled, eval_step = make_train_step(model, settings, loss), {}, make_eval_step(model, settings)
         pending, ready = None, 0.0  # the step whose metrics are not read yet: (step, metrics, tokens, dispatched)
 
         def read_pending():
@@ -99,14 +102,15 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False) -> di
             """Held-out loss at this step, written to the log; None where a stop request came before it was known."""
             try:
                 with clock.phase("evaluate"):
-                    found = evaluation.evaluate(stop.checked(eval_step), state, corpus, settings,
-                                                None if step == steps else evaluating.batches)
+                    found = (evaluate or evaluation.evaluate)(stop.checked(eval_step), state, corpus, settings,
+                                                              None if step == steps else evaluating.batches)
             except Interrupted:
                 return None
             if step not in log.validated:
                 log.write({"step": step, "split": "validation"} | found)
             checkpoints.rank(step, found["loss"])
-            logging.info("step %d: validation %.3f bits per byte", step, found["bits_per_byte"])
+            logging.info("step %d: validation %s", step, f"{found['bits_per_byte']:.3f} bits per byte"
+                         if "bits_per_byte" in found else f"loss {found['loss']:.3f}")
             return found
 
         validation = None
@@ -114,7 +118,7 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False) -> di
             validation = validate()
         for step in range(first, steps + 1):
             with clock.phase("data"):
-                batch = next(batches)
+                batch = batches.take(state)
             size = batch["tokens_BT"].size
             if size not in compiled:
                 read_pending()
@@ -226,5 +230,4 @@ def describe(settings, corpus, first: int) -> str:
     steps = f"steps {first} to {settings.training.steps}" if first <= settings.training.steps else "all steps done"
     experts = f", {m.num_experts_per_tok} of {m.n_routed_experts} experts" if m.n_routed_experts else ""
     return (f"{count['total'] / 1e6:.2f}M parameters + {count['mtp'] / 1e6:.2f}M multi-token, "
-            f"{count['active'] / 1e6:.2f}M active{experts}; corpus {len(corpus.train.flat):,} tokens, "
-            f"{corpus.validation_bytes:,} bytes held out; {steps}")
+            f"{count['active'] / 1e6:.2f}M active{experts}; {corpus.description}; {steps}")

@@ -80,15 +80,16 @@ def update_routing(routing, loads, config, speed):
     return {name: updated(collection, names[name]) for name, collection in routing.items()}
 
 
-def make_train_step(model: Transformer, settings):
+def make_train_step(model: Transformer, settings, loss=loss_of):
     """(state, batch) -> (state, metrics), compiled; the state's buffers are donated.
 
-    batch: `tokens_BT`, `targets_BT`, `segments_BT`, `positions_BT`, `mask_BT`; B is a multiple of
-    `training.accumulation_steps`. Metrics: float32 scalars, `mtp_loss` (M,), and `load_violation` averaged over
-    layers, with `load_violation_by_layer` and, for the multi-token routers, `mtp_load_violation`.
+    batch: `tokens_BT`, `targets_BT`, `segments_BT`, `positions_BT`, `mask_BT`, and what else `loss` reads, which is as
+    `loss_of`; B is a multiple of `training.accumulation_steps`. Metrics: float32 scalars, `mtp_loss` (M,), and
+    `load_violation` averaged over layers, with `load_violation_by_layer` and, for the multi-token routers,
+    `mtp_load_violation`.
     """
     optimizer, pieces, steps = make_optimizer(settings), settings.training.accumulation_steps, settings.training.steps
-    gradient = jax.value_and_grad(partial(loss_of, model=model, settings=settings), has_aux=True)
+    gradient = jax.value_and_grad(partial(loss, model=model, settings=settings), has_aux=True)
 
     def accumulate(trained, routing, batch, total, weight):
         if pieces == 1:

@@ -7,7 +7,7 @@ import pytest
 
 from experiments import deepseek_v3
 from research.config import check
-from research.decoding.cache import STORAGE, bytes_per_token, empty_cache, empty_rows
+from research.decoding.cache import STORAGE, UNROLLED_ROWS, bytes_per_token, empty_cache, empty_rows, write_rows
 from research.decoding.forward import decoding_model, forward, head
 from research.model.attention import ABSORBED_UP_TO
 from research.model.build import make_model
@@ -109,3 +109,15 @@ def test_rows_are_read_as_they_were_written_and_nothing_else_moves(name, storage
         bits = 24 if storage == "float32" else 8 if storage == "bfloat16" or key == "rope_key" else 4
         np.testing.assert_allclose(np.asarray(written.read(key), np.float32), expected,
                                    rtol=2.0**-bits + 2.0**-8 * (bits == 4), atol=2.0**-9 * (bits == 4))
+
+
+def test_a_wide_batch_is_written_as_a_narrow_one():
+    """More rows than are unrolled: each at its own slot, the others as they were."""
+    B, S, T = UNROLLED_ROWS + 3, 9, 2
+    rng = np.random.default_rng(0)
+    slots, new = rng.normal(size=(B, S, 4)).astype(np.float32), rng.normal(size=(B, T, 4)).astype(np.float32)
+    start_B = rng.integers(0, S - T + 1, B)
+    expected = slots.copy()
+    for row, start in enumerate(start_B):
+        expected[row, start:start + T] = new[row]
+    assert np.array_equal(jax.jit(write_rows)(slots, new, start_B), expected)

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from research.data.tokenizer import Tokenizer, _bytes
-from research.distillation.finetune import Rows
+from research.distillation.finetune import Examples, Rows, held_out_of
 from research.errors import RequestError
 from research.training.losses import token_losses
 from tests import tiny
@@ -83,3 +83,63 @@ def test_an_example_costs_the_same_alone_as_packed_among_others():
     pairs = [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in ((alone[0], alone[1]),
                                                                                   (alone[2], alone[2]))]
     np.testing.assert_allclose(together, cost(pairs[0]) + cost(pairs[1]) / 2, rtol=1e-5)
+
+
+def examples_of(pairs=PAIRS, **changes) -> Examples:
+    return Examples(pairs, TOKENIZER, tiny.settings({
+        "model.vocab_size": 320, "data.sequence_length": T, "data.validation_fraction": 0.3, "training.batch_size": 3,
+        "evaluation.batch_size": 2} | changes))
+
+
+def test_held_out_are_prompts_not_pairs_and_at_least_one():
+    prompts = [f"prompt {n}" for n in range(200)]
+    found = held_out_of(prompts, 0.3)
+    assert 40 < len(found) < 80 and held_out_of(prompts[::-1], 0.3) == found
+    assert len(held_out_of(prompts[:3], 1e-9)) == 1 and held_out_of([], 0.5) == set()
+    examples = examples_of([pair for pair in PAIRS for _ in range(3)])
+    sides = [{text for text, *_ in map(decoded, segments(rows.of(range(rows.rows))))}
+             for rows in (examples.rows, examples._held_out)]
+    assert all(sides) and not {prompt_of(text) for text in sides[0]} & {prompt_of(text) for text in sides[1]}
+
+
+def decoded(example):
+    return TOKENIZER.decode(example[0]), TOKENIZER.decode(example[1])
+
+
+def prompt_of(text: str) -> str:
+    return text.partition("<think>")[0]
+
+
+def test_every_held_out_example_is_evaluated_once():
+    examples = examples_of()
+    settings = tiny.settings({"evaluation.batch_size": 2})
+    batches = list(examples.validation_batches(settings))
+    taught = [TOKENIZER.decode(targets) for batch in batches for _, targets, _ in segments(batch)]
+    held_out = held_out_of([prompt for prompt, _ in PAIRS], 0.3)
+    assert sorted(taught) == sorted(response for prompt, response in PAIRS if prompt in held_out)
+    assert all(len(batch["tokens_BT"]) == 2 for batch in batches) and len(batches) > 1
+    assert sum(batch["mask_BT"].sum() for batch in batches) == examples.validation.targets
+    assert examples.validation_bytes == sum(map(len, taught))
+    assert len(list(examples.validation_batches(settings, 1))) == 1
+
+
+def test_what_is_kept_beside_the_rows_comes_with_them():
+    examples = examples_of()
+    plain = examples.train_batches(tiny.settings({"training.batch_size": 3}))
+    examples.kept = {"first_BT": examples.rows.of(range(examples.rows.rows))["tokens_BT"]}
+    batches = examples.train_batches(tiny.settings({"training.batch_size": 3}))
+    for _ in range(4):
+        batch = batches.take(None)
+        assert np.array_equal(batch["first_BT"], batch["tokens_BT"])
+        assert np.array_equal(plain.take(None)["tokens_BT"], batch["tokens_BT"])
+    later = examples.train_batches(tiny.settings({"training.batch_size": 3}))
+    later.set_state(batches.get_state())
+    assert np.array_equal(later.take(None)["tokens_BT"], batches.take(None)["tokens_BT"])
+    other = examples_of(PAIRS[:-1]).train_batches(tiny.settings())
+    with pytest.raises(RequestError, match="has learned from another corpus"):
+        other.set_state(batches.get_state())
+
+
+def test_one_prompt_cannot_be_parted():
+    with pytest.raises(RequestError, match=r"config\.data\.validation_fraction=0\.3 leaves 0 of 4 examples to learn"):
+        examples_of([("one", response) for _, response in PAIRS[:4]])

@@ -329,6 +329,15 @@ def test_a_run_starts_from_a_converted_workdir_but_does_not_go_on_in_it(made):
         Checkpoints(ours / "checkpoints", 1, 0).restore(0, {})
 
 
+def test_a_head_of_its_own_begins_as_the_embedding():
+    """Qwen2.5-Math-1.5B ties them, R1-Distill-Qwen-1.5B does not."""
+    chosen = read_weights(GOLDEN / "qwen2_tiny")[0].to_config()
+    chosen.checkpoint.initialize_from, chosen.model.tie_word_embeddings = str(GOLDEN / "qwen2_tiny"), False
+    settings = config.check(chosen)
+    params = initial_variables(make_model(settings), settings)["params"]
+    np.testing.assert_array_equal(params["lm_head"], np.asarray(params["embed_tokens"]).T)
+
+
 def evaluated(*words):
     """Exit code of `research.main --mode=eval` in this process."""
     try:

@@ -1,0 +1,59 @@
+"""R1's second half in small: a teacher that learns by reward, and small students that inherit from it, or do not.
+
+Question: R1 v1 Table 6 in small. Is a small dense model better when it is fine-tuned on what a larger one says, where
+the answer is right, than when it is reinforced itself? Arms, all from the same student after the same worked solutions:
+`distilled` (the default), `reinforced`, `reference` (answers without reasoning), `unverified` (samples as they came),
+`logits` (the teacher's distributions at the kept samples). Arms of one folder share its teacher and its samples:
+    python -m research.distill --config=experiments/distill.py --stage=all --workdir=runs/distill
+    python -m research.distill --config=experiments/distill.py:reinforced --stage=student --workdir=runs/distill
+    python -m research.distill --config=experiments/distill.py:reinforced --stage=evaluate --workdir=runs/distill
+    python -m research.distill --config=experiments/distill.py:smoke --stage=all --workdir=runs/distill_smoke
+Task: two operations on digits, written out one a line. The teacher is a DeepSeek-V3 of 0.9M parameters, the students
+are Qwen2-shaped, of 0.1M. 95 reinforced updates cost a student about what its 600 steps of fine-tuning do, rollouts
+included; the report has the operations of both.
+Result: not yet run. Cost: not yet measured; experiments/LOG.md says what was tried.
+"""
+
+from experiments import base
+
+SWEEP = {name: {"method": name} for name in ("reference", "reinforced", "distilled", "unverified", "logits")}
+SMOKE = {
+    "task.count": 200, "task.operations": 1, "cold_start.problems": 120, "cold_start.student_steps": 20,
+    "reinforcement.teacher_steps": 4, "reinforcement.student_steps": 4, "reinforcement.questions": 4,
+    "reinforcement.group_size": 4, "reinforcement.max_tokens": 32,
+    "sampling.samples": 2, "sampling.max_tokens": 32, "sampling.batch_size": 16, "sampling.problems": 0,
+    "evaluation.samples": 2, "evaluation.batch_size": 16, "evaluation.max_tokens": 32, "evaluation.greedy": False,
+    "teacher.model.hidden_size": 64, "teacher.model.intermediate_size": 128, "teacher.model.num_hidden_layers": 1,
+    "teacher.model.first_k_dense_replace": 0, "teacher.model.moe_intermediate_size": 32,
+    "teacher.model.kv_lora_rank": 32, "teacher.model.qk_nope_head_dim": 16, "teacher.model.v_head_dim": 16,
+    "student.model.hidden_size": 32, "student.model.intermediate_size": 64, "student.model.head_dim": 8,
+    "teacher.training.steps": 100, "student.training.steps": 20,
+    "teacher.checkpoint.every_steps": 50, "student.checkpoint.every_steps": 10,
+}
+
+
+def get_config(arms: str = ""):
+    c = base.get_distillation_config()
+    c.task.update(dict(count=6000, operations=2))
+    c.cold_start.update(dict(problems=1000, student_steps=300))
+    c.reinforcement.update(dict(teacher_steps=100, student_steps=95, max_tokens=48))
+    c.sampling.update(dict(samples=4, max_tokens=48))
+    c.evaluation.update(dict(samples=8, max_tokens=48))
+    c.teacher.model.update(dict(
+        hidden_size=128, intermediate_size=352, num_hidden_layers=3, num_attention_heads=4, kv_lora_rank=64,
+        qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=8, num_experts_per_tok=2,
+        moe_intermediate_size=64))
+    c.student.model.update(dict(
+        attention="gqa", attention_bias=True, n_routed_experts=0, tie_word_embeddings=True, rope_theta=1e6,
+        hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16))
+    c.teacher.training.steps, c.student.training.steps = 500, 600
+    for model in (c.teacher, c.student):
+        model.model.update(dict(max_position_embeddings=1024, initializer_range=0.02))
+        model.mtp.num_nextn_predict_layers = 0
+        model.data.sequence_length = 256
+        model.training.batch_size = 8
+        model.optimizer.update(dict(learning_rate=2e-3, warmup_fraction=0.05))
+        model.evaluation.update(dict(batch_size=16, samples=0))
+        model.checkpoint.update(dict(every_steps=100, keep_best=0))
+    return base.select(c, arms, SWEEP, SMOKE)

@@ -1,0 +1,146 @@
+"""From the config of research.distill to checked, frozen settings: `get_distillation_config` in experiments/base.py."""
+
+import contextlib
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from experiments import base
+from research import config
+from research.distillation.rejection import Limits
+from research.distillation.tasks import Task
+from research.distillation.template import TEMPLATES, Template
+from research.errors import RequestError, nearest
+from research.experiment import flatten
+
+METHODS = ("reference", "reinforced", "distilled", "unverified", "logits")
+CHOICES = {"method": METHODS, "template": tuple(TEMPLATES), "reinforcement.form": ("token", "sequence"),
+           "logits.direction": ("forward", "reverse")}
+AT_LEAST = {
+    0: ("cold_start.problems", "cold_start.student_steps", "reinforcement.teacher_steps",
+        "reinforcement.student_steps", "reinforcement.kl_weight", "reinforcement.clip", "sampling.problems",
+        "evaluation.problems", "task.count"),
+    1: ("reinforcement.questions", "reinforcement.minibatches", "reinforcement.epochs", "reinforcement.max_tokens",
+        "sampling.samples", "sampling.batch_size", "sampling.max_tokens", "logits.top_k", "evaluation.samples",
+        "evaluation.batch_size", "evaluation.max_tokens"),
+    2: ("reinforcement.group_size",),
+}
+POSITIVE = ("checker_timeout", "reinforcement.learning_rate", "reinforcement.temperature", "logits.temperature")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The groups and fields of the config, checked and frozen."""
+
+    seed: int
+    method: str
+    template: Template
+    checker_timeout: float
+    task: Task
+    cold_start: FrozenConfigDict
+    reinforcement: FrozenConfigDict
+    sampling: FrozenConfigDict
+    rejection: Limits
+    tuning: FrozenConfigDict
+    logits: FrozenConfigDict
+    evaluation: FrozenConfigDict
+    teacher: config.Settings
+    student: config.Settings
+    fields: dict  # all of them, flattened, as they were given
+
+    def to_json(self) -> str:
+        """The whole resolved config, as DIR/config.json holds it."""
+        nested: dict = {}
+        for name, value in self.fields.items():
+            *path, leaf = name.split(".")
+            node = nested
+            for part in path:
+                node = node.setdefault(part, {})
+            node[leaf] = value
+        return json.dumps(nested, indent=2) + "\n"
+
+
+def complete(chosen: ConfigDict) -> ConfigDict:
+    """The config as it is, or, where it is that of a model alone, a pipeline with this model as student: with R1's
+    template and without a cold start."""
+    if "student" in chosen:
+        return chosen
+    whole = base.get_distillation_config()
+    whole.template, whole.cold_start.problems = "deepseek", 0
+    whole.student.update_from_flattened_dict({
+        name: value for name, value in flatten(chosen.to_dict()).items() if name != "training.seed"})
+    return whole
+
+
+def check(chosen: ConfigDict) -> Settings:
+    """Checks every field and how they fit together. Raises RequestError with one line for the first that is wrong."""
+    groups = config.checked_fields(chosen, base.get_distillation_config())
+    given = flatten(groups)
+    for name, choices in CHOICES.items():
+        if given[name] not in choices:
+            expected = f"must be one of {', '.join(choices)}{nearest(given[name], choices)}"
+            raise RequestError.field(name, given[name], expected)
+    for bound, names in AT_LEAST.items():
+        for name in names:
+            if given[name] < bound:
+                raise RequestError.field(name, given[name], f"must be at least {bound}")
+    for name in POSITIVE:
+        if given[name] <= 0:
+            raise RequestError.field(name, given[name], "must be above 0")
+    for name in ("reinforcement.warmup_fraction", "task.test_fraction"):
+        if not 0 <= given[name] <= 1:
+            raise RequestError.field(name, given[name], "must be between 0 and 1")
+    models = {name: _model(groups, name) for name in ("teacher", "student")}
+    _check_rows(given)
+    plain = {f.name: groups[f.name] for f in dataclasses.fields(Settings) if f.name in groups} | models
+    frozen = {name: FrozenConfigDict(value) if isinstance(value, dict) else value for name, value in plain.items()}
+    return Settings(**frozen | {
+        "template": TEMPLATES[given["template"]], "fields": given, "rejection": Limits(**groups["rejection"]),
+        "task": Task(**groups["task"] | {"options": _options(given["task.options"])})})
+
+
+def _model(groups: dict, name: str) -> config.Settings:
+    """The settings of a group that is a whole config of research.main."""
+    with named(name):
+        found = config.check(groups[name])
+        if found.training.batch_ramp_start:
+            raise RequestError.field("training.batch_ramp_start", found.training.batch_ramp_start,
+                                     "must be 0: batches of examples do not grow")
+    return found
+
+
+@contextlib.contextmanager
+def named(name: str):
+    """Errors about a model's own fields say whose they are: config.data.source becomes config.student.data.source."""
+    try:
+        yield
+    except RequestError as error:
+        groups = "|".join(field.name for field in dataclasses.fields(config.Settings))
+        raise RequestError(re.sub(rf"\bconfig\.(?=(?:{groups})\.)", f"config.{name}.", str(error))) from None
+
+
+def _check_rows(given: dict) -> None:
+    rows = given["reinforcement.questions"] * given["reinforcement.group_size"]
+    pieces = given["reinforcement.minibatches"]
+    if rows % pieces:
+        raise RequestError.field("reinforcement.minibatches", pieces, f"does not divide the {rows} samples of a batch, "
+                                 "config.reinforcement.questions times group_size")
+    for name in ("teacher", "student"):
+        parts = given[f"{name}.training.accumulation_steps"]
+        if rows // pieces % parts:
+            raise RequestError.field(f"{name}.training.accumulation_steps", parts,
+                                     f"does not divide the {rows // pieces} samples of an update of "
+                                     "config.reinforcement")
+
+
+def _options(text: str) -> dict:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise RequestError.field("task.options", text, 'must be a JSON object, such as {"max_value": 20}')
+    return found

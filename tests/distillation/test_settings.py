@@ -1,0 +1,77 @@
+"""The config of research.distill: every arm, what is refused and in which words, and derived fields."""
+
+import json
+
+import pytest
+
+from experiments import base
+from research import experiment
+from research.distillation import reinforce
+from research.distillation.settings import METHODS, check, complete
+from research.errors import RequestError
+from research.experiment import flatten
+from tests.training import runs
+
+DEFAULT = base.get_distillation_config()
+ARMS = [("distill.py", arm) for arm in ("", *METHODS)] + [("r1_evaluate.py", arm) for arm in (
+    "", "aime", "math500", "gsm8k", "aime:llama_8b")]
+
+
+def settings_of(*changes: str):
+    return check(experiment.change(base.get_distillation_config(), changes, DEFAULT))
+
+
+@pytest.mark.parametrize(("file", "arm"), ARMS)
+def test_every_arm_builds_and_shrinks(file, arm):
+    path = runs.ROOT / "experiments" / file
+    text = path.read_text()
+    assert text.startswith('"""') and f"--config=experiments/{file}" in text
+    whole = check(experiment.load(f"{path}:{arm}"))
+    small = check(experiment.load(f"{path}:{arm}:smoke" if arm else f"{path}:smoke"))
+    assert set(whole.fields) == set(flatten(DEFAULT.to_dict())) == set(flatten(json.loads(whole.to_json())))
+    assert file != "distill.py" or arm in ("", whole.method)
+    assert small.method == whole.method and small.evaluation.published == whole.evaluation.published
+    assert small.task.source == whole.task.source and small.student.model.attention == whole.student.model.attention
+    with pytest.raises(RequestError, match="has no arm '\\?'"):
+        experiment.load(f"{path}:?")
+
+
+def test_one_seed_is_everybodys_until_they_have_their_own():
+    s = settings_of("seed=3", "task.seed=9")
+    assert s.task.seed == 9
+    assert {3} == {s.sampling.seed, s.evaluation.seed, s.teacher.training.seed, s.student.training.seed}
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ("method=distil", r"config\.method='distil' must be one of .* \(did you mean distilled\?\)"),
+    ("template=none", r"config\.template='none' must be one of deepseek, plain"),
+    ("reinforcement.group_size=1", r"config\.reinforcement\.group_size=1 must be at least 2"),
+    ("reinforcement.minibatches=3", r"config\.reinforcement\.minibatches=3 does not divide the 128 samples"),
+    ("reinforcement.temperature=0", r"config\.reinforcement\.temperature=0\.0 must be above 0"),
+    ("teacher.model.n_group=3", r"config\.teacher\.model\.n_group=3 does not divide config\.teacher\.model\.n_routed"),
+    ("student.training.accumulation_steps=3", r"config\.student\.training\.accumulation_steps=3 does not divide"),
+    ("student.training.batch_ramp_start=4", r"config\.student\.training\.batch_ramp_start=4 must be 0"),
+    ("task.options=[1]", r"config\.task\.options='\[1\]' must be a JSON object"),
+    ("task.test_fraction=2", r"config\.task\.test_fraction=2\.0 must be between 0 and 1"),
+    ("sampling.sample=2", r"config\.sampling\.sample=2 is not a field .*did you mean config\.sampling\.samples"),
+])
+def test_a_wrong_field_is_named(change, message):
+    with pytest.raises(RequestError, match=message):
+        settings_of(change)
+
+
+def test_the_config_of_a_model_alone_is_a_students():
+    chosen = complete(experiment.load(str(runs.ROOT / "experiments/r1_distill_qwen_1_5b.py")))
+    s = check(experiment.change(chosen, ["seed=5", "student.checkpoint.initialize_from=there"], DEFAULT))
+    assert s.student.model.num_hidden_layers == 28 and s.student.optimizer.learning_rate == 1e-4
+    assert s.student.training.seed == 5 and s.student.checkpoint.initialize_from == "there"
+    assert complete(chosen) is chosen and s.cold_start.problems == 0 and "boxed" in s.template.directive
+
+
+def test_a_reinforcement_is_never_saved_between_two_updates_of_a_batch():
+    s = settings_of("reinforcement.minibatches=4", "reinforcement.epochs=2", "teacher.checkpoint.every_steps=13",
+                    "teacher.evaluation.every_steps=0", "reinforcement.warmup_fraction=0.25")
+    found = reinforce.settings_of(s.teacher, s.reinforcement, 48, "start")
+    assert found.checkpoint.every_steps == 16 and found.evaluation.every_steps == 0
+    assert found.training.batch_size == 32 and found.training.steps == 48
+    assert found.checkpoint.initialize_from == "start" and found.optimizer.plateau_until == 1

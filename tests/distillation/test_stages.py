@@ -1,0 +1,286 @@
+"""All stages of a pipeline of seconds; stages that are killed, repeated, or asked for what they cannot do."""
+
+import json
+import os
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import base
+from research import command, distill, experiment
+from research.command import Stopped
+from research.distillation import reinforce, sample, stages
+from research.distillation.settings import check
+from research.distillation.template import final_answer
+from research.errors import RequestError
+from tests.training import runs
+
+TINY = {f"{name}.{field}": value for name in ("teacher", "student") for field, value in {
+    "model.attention": "gqa", "model.attention_bias": True, "model.n_routed_experts": 0, "model.num_hidden_layers": 1,
+    "model.hidden_size": 32, "model.intermediate_size": 64, "model.head_dim": 8, "model.num_key_value_heads": 2,
+    "model.max_position_embeddings": 64, "mtp.num_nextn_predict_layers": 0, "data.sequence_length": 64,
+    "training.batch_size": 8, "optimizer.learning_rate": 5e-3, "checkpoint.every_steps": 0,
+}.items()} | {
+    "task.count": 130, "task.operations": 1, "teacher.training.steps": 150, "student.training.steps": 3,
+    "cold_start.student_steps": 2, "reinforcement.teacher_steps": 30, "reinforcement.learning_rate": 3e-3,
+    "reinforcement.kl_weight": 0.0, "reinforcement.questions": 8, "reinforcement.group_size": 4,
+    "reinforcement.max_tokens": 24, "sampling.max_tokens": 24, "sampling.samples": 2, "sampling.problems": 40,
+    "evaluation.samples": 2, "evaluation.max_tokens": 24, "evaluation.greedy": False,
+}
+
+
+def settings(**changes):
+    chosen = experiment.load(str(runs.ROOT / "experiments/distill.py:smoke"))
+    chosen.update_from_flattened_dict(TINY)
+    chosen.teacher.model.update(chosen.student.model.to_dict())  # one shape: what is compiled to decode serves both
+    return check(experiment.change(chosen, [f"{name}={value}" for name, value in changes.items()],
+                                   base.get_distillation_config()))
+
+
+def run(workdir, *names, **changes):
+    return stages.run(settings(**changes), workdir, names)
+
+
+def files(workdir) -> dict:
+    """Every file's bytes, but for what says when and in which process."""
+    return {path.relative_to(workdir).as_posix(): path.read_bytes() for path in workdir.rglob("*") if path.is_file()
+            and "tensorboard" not in path.parts and path.suffix != ".png" and path.name != "environment.json"}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Of compiled programs: what one run has compiled, the others find; compiled in half the time."""
+    names = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+             "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in names} | {"jax_disable_most_optimizations": False}
+    for name, value in (names | {"jax_disable_most_optimizations": True}).items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+    """(workdir, what was said) of all stages."""
+    workdir = tmp_path_factory.mktemp("pipeline") / "run"
+    return workdir, run(workdir, *stages.STAGES)
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(whole[0], tmp_path / "copy")
+
+
+def test_all_stages_leave_what_is_promised(whole):
+    workdir, said = whole
+    s = settings()
+    problems = {p.digest.hex(): p for p in stages.tasks.train_and_test(s.task)[0][:40]}
+    samples = sample.read(workdir / "samples.jsonl")
+    assert [(x.problem, x.number) for x in samples] == [(name, n) for name in problems for n in range(2)]
+    verified = [json.loads(line) for line in (workdir / "verified.jsonl").read_text().splitlines()]
+    assert 0 < len(verified) < 80
+    for row in verified:
+        problem = problems[row["problem"]]
+        assert row["question"] == problem.question and final_answer(row["response"]) == problem.answer
+    for name in ("cold_start", "teacher", "base", "distilled"):
+        assert list((workdir / name / "checkpoints").glob("*/manifest.json")), name
+        found = json.loads((workdir / "results.json").read_text())["models"][name]
+        assert 0 <= found["pass_at_1"]["low"] <= found["pass_at_1"]["high"] <= 1 and found["flops"] > 0
+    report = (workdir / "report.md").read_text()
+    assert f"| {len(verified)} |" in report and "![Reward](reward.png)" in report and (workdir / "reward.png").exists()
+    assert "| teacher |" in said and str(workdir / "report.md") in said
+    assert json.loads((workdir / "config.json").read_text())["task"]["operations"] == 1
+
+
+def test_the_reward_rises(whole):
+    """Seeds 0 to 2, means of 5 updates: 0.82, 0.84, 0.88 at first, 0.99, 0.96, 1.04 at last."""
+    rewards = [line["reward"] for line in runs.lines(whole[0] / "teacher", "train")]
+    assert len(rewards) == 30 and sum(rewards[-10:]) / 10 > sum(rewards[:5]) / 5 + 0.08, rewards
+
+
+def test_a_student_starts_from_the_base_and_a_teacher_from_its_cold_start(whole):
+    for name, start in (("distilled", "base"), ("teacher", "cold_start"), ("base", ""), ("cold_start", "")):
+        told = json.loads((whole[0] / name / "config.json").read_text())["checkpoint"]["initialize_from"]
+        assert told == (str(whole[0] / start) if start else "")
+
+
+def test_what_is_done_is_not_done_again(whole, copy, monkeypatch):
+    before = files(copy)
+    for name in ("loop.train", "Decoder.generate"):
+        monkeypatch.setattr(f"research.distillation.stages.{name}", None)
+    run(copy, *stages.STAGES)
+    after = files(copy)
+    assert before.keys() == after.keys()
+    assert [name for name in before if before[name] != after[name]] in ([], ["report.md"])
+
+
+def test_a_killed_sampling_goes_on_without_loss_or_repetition(copy):
+    path = copy / "samples.jsonl"
+    whole, told = path.read_bytes(), json.loads((copy / "sampling.json").read_text())
+    path.write_bytes(whole[:len(whole) // 2])
+    run(copy, "sample")
+    assert path.read_bytes() == whole
+    again = json.loads((copy / "sampling.json").read_text())
+    assert told["samples"] < again["samples"] <= 80 + 80 // 2 + 16  # what was done twice counts twice
+
+
+def test_a_stopped_reinforcement_goes_on_as_if_it_had_not_been(whole, copy, monkeypatch):
+    shutil.rmtree(copy / "teacher")
+    batch = reinforce.Rollouts.batch
+
+    def stopped(self, step, state):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(self, step, state)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(reinforce.Rollouts, "batch", stopped)
+        run(copy, "teacher")
+    assert [line["step"] for line in runs.lines(copy / "teacher")] == [1, 2, 3, 4]
+    run(copy, "teacher")
+    assert runs.lines(copy / "teacher") == runs.lines(whole[0] / "teacher")
+    assert runs.state_of(copy / "teacher")[1] == runs.state_of(whole[0] / "teacher")[1]
+
+
+@pytest.mark.parametrize(("stage", "changes", "message"), [
+    ("sample", {}, r"--stage=sample needs .*teacher/checkpoints, which --stage=teacher writes"),
+    ("sample", {"sampling.checkpoint": "nowhere"}, r"config\.sampling\.checkpoint='nowhere' is not a directory"),
+    ("verify", {}, r"--stage=verify needs .*samples.jsonl, which --stage=sample writes"),
+    ("student", {}, r"--stage=student needs .*verified.jsonl, which --stage=verify writes"),
+    ("student", {"method": "unverified"}, r"needs .*samples.jsonl, which --stage=sample writes"),
+    ("student", {"method": "reinforced", "cold_start.student_steps": 0},
+     r"config\.cold_start\.problems=120 leaves the student nothing to start from"),
+    ("teacher", {"cold_start.problems": 0}, r"config\.cold_start\.problems=0 leaves the teacher nothing to start from"),
+    ("evaluate", {}, r"--stage=evaluate needs a model: .* has none"),
+])
+def test_what_a_stage_lacks_is_said_and_nothing_is_left(tmp_path, stage, changes, message):
+    with pytest.raises(RequestError, match=message):
+        run(tmp_path / "run", stage, **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_file_of_samples_is_refused(tmp_path):
+    (tmp_path / "samples.jsonl").write_text("")
+    with pytest.raises(RequestError, match=r"samples.jsonl holds no sample"):
+        run(tmp_path, "verify")
+    (tmp_path / "verified.jsonl").write_text("")
+    with pytest.raises(RequestError, match=r"verified.jsonl holds no sample: nothing of what was said is right"):
+        run(tmp_path, "student", **{"cold_start.student_steps": 0})
+    (tmp_path / "verified.jsonl").write_text('{"question": "1?"}\n')
+    with pytest.raises(RequestError, match=r"verified.jsonl has a line that is no kept sample"):
+        run(tmp_path, "student", **{"cold_start.student_steps": 0})
+    with pytest.raises(RequestError, match=r"config\.tuning\.files='no\*' .*matches no file"):
+        run(tmp_path, "student", **{"cold_start.student_steps": 0, "tuning.files": "no*"})
+
+
+def test_users_problems_need_their_fields_and_solutions(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    mine = {"task.source": "files", "task.files": path, "task.test_fraction": 0.5}
+    path.write_text("".join(json.dumps({"question": f"{n}?", "answer": str(n)}) + "\n" for n in range(9)))
+    with pytest.raises(RequestError, match=r"config\.cold_start\.problems=120 shows worked solutions, which .*'files'"):
+        run(tmp_path / "run", "teacher", **mine)
+    long = " ".join(map(str, range(99)))
+    rows = [{"question": f"{n}?", "answer": f"{long} #### {n}"} for n in range(9)]  # as GSM8K's
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(RequestError, match=r"config\.teacher\.data\.sequence_length=64 holds none of"):
+        run(tmp_path / "run", "teacher", **mine)
+    path.write_text('{"question": "1?"}\n')
+    with pytest.raises(RequestError, match=r"problems.jsonl:1 has no field 'answer' \(config\.task\.answer_field\)"):
+        run(tmp_path / "run", "teacher", **mine)
+    path.write_text('{"question": "1?", "answer": "one"}\n')
+    with pytest.raises(RequestError, match=r"problems.jsonl:1 has the answer 'one', which is no number"):
+        run(tmp_path / "run", "teacher", **mine)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ([], "error: --config is required: --config=FILE --stage=teacher|sample|verify|student|evaluate|all --workdir=DIR"),
+    (["--config=experiments/distill.py", "--workdir=d"], "error: --stage is required"),
+    (["--config=experiments/distill.py", "--workdir=d", "--stage=al"], "value should be one of <teacher|sample|"),
+    (["--config=experiments/distill.py:distill", "--workdir=d", "--stage=all"], "has no arm 'distill' (did you mean"),
+    (["--config=experiments/distill.py", "--workdir=d", "--stage=all", "--config.method=x"], "config.method='x' must"),
+])
+def test_a_wrong_command_is_answered_with_one_line(words, message, capsys, monkeypatch):
+    monkeypatch.chdir(runs.ROOT)
+    try:
+        assert command.execute(distill.main, ["distill", *words], distill.FLAGS) == 2
+    finally:
+        distill.FLAGS.unparse_flags()
+        for name in distill.FLAGS:
+            distill.FLAGS[name].value, distill.FLAGS[name].present = distill.FLAGS[name].default, 0
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and message in err and not (runs.ROOT / "d").exists()
+
+
+def test_a_benchmark_of_a_checkpoint_stands_beside_the_papers_row(whole, tmp_path):
+    path = tmp_path / "aime.jsonl"
+    rows = [{"problem": f"Compute {n} + 1.", "answer": str(n + 1)} for n in range(3)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    chosen = experiment.load(str(runs.ROOT / "experiments/r1_evaluate.py:aime:smoke"))
+    fields = {"task.test_files": path, "evaluation.checkpoint": whole[0] / "teacher", "template": "plain"}
+    chosen = experiment.change(chosen, [f"{name}={value}" for name, value in fields.items()],
+                               base.get_distillation_config())
+    said = stages.run(check(chosen), tmp_path / "run", ["evaluate"])
+    assert "| teacher | 0.0" in said and "| R1-Distill-Qwen-1.5B, published | | 28.9% | | 52.7% |" in said
+    assert len(sample.read(tmp_path / "run/evaluation/teacher-30.sampled.jsonl")) == 6
+    chosen.template = "deepseek"
+    with pytest.raises(RequestError, match=r"config\.evaluation: prompt 1 .* more than max_position_embeddings=64"):
+        stages.run(check(chosen), tmp_path / "other", ["evaluate"])
+
+
+class Given(Exception):
+    """What a run was given to learn from."""
+
+
+@pytest.fixture
+def corpus(monkeypatch):
+    """Stands in for training."""
+    def train(settings, workdir, corpus, loss):
+        raise Given(corpus)
+
+    monkeypatch.setattr(stages.loop, "train", train)
+
+
+def test_another_tokenizer_learns_from_texts_but_not_from_logits(copy, corpus):
+    other = {"student.data.tokenizer": "bytes", "student.data.sequence_length": 96,
+             "student.model.max_position_embeddings": 128, "cold_start.student_steps": 0}
+    with pytest.raises(RequestError, match=r"config\.method='logits' needs one tokenizer for both models"):
+        run(copy, "student", **other, method="logits")
+    shutil.rmtree(copy / "distilled")
+    with pytest.raises(Given) as caught:
+        run(copy, "student", **other)
+    examples, = caught.value.args
+    assert examples.tokenizer.vocab_size == 262
+    text = examples.tokenizer.decode(examples.rows.of(range(examples.rows.rows))["tokens_BT"].reshape(-1))
+    verified = [json.loads(line)["response"] for line in (copy / "verified.jsonl").read_text().splitlines()]
+    assert sum(response in text for response in verified) >= examples.rows.examples > 0
+
+
+def test_logits_of_the_teacher_come_with_the_rows(copy, corpus, monkeypatch):
+    """All of a row's positions, the tokens of it among the likeliest; killed in between, the rest alone is scored."""
+    changes = {"method": "logits", "student.training.batch_size": 2}
+    with pytest.raises(Given) as caught:
+        run(copy, "student", **changes)
+    examples, = caught.value.args
+    batch = examples.train_batches(settings(**changes).student).take(None)
+    assert batch["ids_BTk"].shape == (2, 64, 16) and batch["rest_BT"].shape == (2, 64)
+    np.testing.assert_allclose(np.exp(batch["logp_BTk"]).sum(axis=-1) + np.exp(batch["rest_BT"]), 1, rtol=1e-5)
+    among = (batch["ids_BTk"] == batch["targets_BT"][..., None]).any(axis=-1)
+    assert among[batch["mask_BT"]].mean() > 0.9
+    kept = {name: np.array(array) for name, array in examples.kept.items()}
+    progress = copy / "logits_of_teacher/progress.json"
+    told = json.loads(progress.read_text())
+    progress.write_text(json.dumps(told | {"rows": 2}))
+    monkeypatch.setattr(stages.imitate, "_kept", lambda *_, **__: {
+        name: jnp.zeros((2, *array.shape[1:]), array.dtype) for name, array in kept.items()})
+    with pytest.raises(Given):
+        run(copy, "student", **changes)
+    again = {name: np.load(copy / f"logits_of_teacher/{name}.npy") for name in kept}
+    assert told["rows"] == len(kept["rest_BT"]) > 2
+    assert all(np.array_equal(again[name][:2], array[:2]) and not again[name][2:].any() for name, array in kept.items())

@@ -24,6 +24,11 @@ from research.interop.weights import checked_weights
 from research.model.build import make_model
 from research.precision.recipe import RECIPES
 
+FLAGS = flags.FlagValues()
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a workdir, or a Hugging Face folder", FLAGS, required=True)
+_TOKENS = flags.DEFINE_string("tokens", None, "an .npz file with input_ids (B, T)", FLAGS, required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "the .npz file to write", FLAGS, required=True)
+_RECIPE = flags.DEFINE_string("recipe", None, f"the precision: {', '.join(RECIPES)}", FLAGS)
 LOGITS_AT_ONCE = 2**26  # of one call of the model: 256 MiB in float32
 
 
@@ -149,14 +154,9 @@ class _Output:
 
 
 def main() -> None:
-    values = flags.FLAGS
-    checkpoint, tokens, output = (Path(path).expanduser() for path in (values.checkpoint, values.tokens, values.output))
-    score(checkpoint, tokens, output, values.recipe)
+    checkpoint, tokens, output = (Path(flag.value).expanduser() for flag in (_CHECKPOINT, _TOKENS, _OUTPUT))
+    score(checkpoint, tokens, output, _RECIPE.value)
 
 
-if __name__ == "__main__":  # defined here: other commands have a --checkpoint too
-    flags.DEFINE_string("checkpoint", None, "a workdir, or a Hugging Face folder", required=True)
-    flags.DEFINE_string("tokens", None, "an .npz file with input_ids (B, T)", required=True)
-    flags.DEFINE_string("output", None, "the .npz file to write", required=True)
-    flags.DEFINE_string("recipe", None, f"the precision: {', '.join(RECIPES)}")
-    run(main)
+if __name__ == "__main__":
+    run(main, FLAGS)

@@ -15,9 +15,10 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 from research import command
-from research import score as module
+from research import score as main
 from research.errors import RequestError, RunError
-from research.score import score
+from research.interop import scoring as module
+from research.interop.scoring import score
 from research.training.checkpoint import Checkpoints
 from tests.interop.test_huggingface import GOLDEN, in_their_names, random_model, write
 
@@ -244,10 +245,10 @@ def test_wrong_flags(change, expected, tmp_path, capsys):
     flags = [f"--checkpoint={V3}", f"--tokens={tokens(tmp_path, 1, 4)}", f"--output={tmp_path / 'out.npz'}"]
     flags = flags[change] if isinstance(change, slice) else flags + change
     try:
-        assert command.execute(module.main, ["score", *flags], module.FLAGS) == 2
+        assert command.execute(main.main, ["score", *flags], main.FLAGS) == 2
     finally:
-        module.FLAGS.unparse_flags()
-        for name in module.FLAGS:
-            module.FLAGS[name].value, module.FLAGS[name].present = module.FLAGS[name].default, 0
+        main.FLAGS.unparse_flags()
+        for name in main.FLAGS:
+            main.FLAGS[name].value, main.FLAGS[name].present = main.FLAGS[name].default, 0
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1 and not (tmp_path / "out.npz").exists()

@@ -19,8 +19,8 @@ from research import bench, command
 from research.errors import RequestError, RunError
 from research.interop.exporter import export_workdir
 from research.interop.importer import import_folder
+from research.interop.scoring import logits
 from research.interop.weights import read_weights
-from research.score import logits
 from tests.interop.test_huggingface import FOLDERS, GOLDEN
 from tests.interop.test_score import workdir
 

@@ -20,11 +20,11 @@ from research.interop.exporter import export_workdir
 from research.interop.huggingface import read_settings
 from research.interop.importer import import_folder
 from research.interop.names import SCALE
+from research.interop.scoring import logits
 from research.interop.tensors import FP8, INDEX, list_tensors
 from research.interop.variables import read_variables
 from research.interop.weights import initial_variables, read_weights
 from research.model.build import make_model
-from research.score import logits
 from research.training import evaluation
 from research.training.checkpoint import Checkpoints, damage
 from research.tree import paths

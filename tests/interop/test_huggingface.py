@@ -20,10 +20,10 @@ from experiments import base
 from research import config
 from research.errors import RequestError
 from research.interop.huggingface import is_huggingface, read_settings
+from research.interop.scoring import logits
 from research.interop.variables import read_variables
 from research.model.attention import MultiHeadLatentAttention
 from research.model.build import make_model, variable_shapes
-from research.score import logits
 from research.tree import map_paths, paths
 
 GOLDEN = Path(__file__).parents[1] / "golden"

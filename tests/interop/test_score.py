@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from ml_collections import FrozenConfigDict
 
-from research import score as module
+from research import command
+from research import score as main
 from research.errors import RequestError, RunError
-from research.score import score
+from research.interop import scoring as module
+from research.interop.scoring import score
 from research.training.checkpoint import Checkpoints
 from tests.interop.test_huggingface import GOLDEN, in_their_names, random_model, write
 
@@ -222,22 +224,31 @@ def test_a_disk_that_fills_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def command(*arguments):
-    return subprocess.run([sys.executable, "-m", "research.score", *map(str, arguments)], capture_output=True,
-                          text=True, cwd=GOLDEN.parents[1], timeout=600)
-
-
 def test_the_command(tmp_path):
+    """In a process of its own: the flags, what is said on stderr, and the code of a wrong request."""
     path = tokens(tmp_path, 1, 4)
     flags = [f"--checkpoint={V3}", f"--tokens={path}", f"--output={tmp_path / 'out.npz'}"]
-    done = command(*flags)
-    assert done.returncode == 0, done.stderr
-    assert np.load(tmp_path / "out.npz")["logits"].shape == (1, 4, 384)
-    assert done.stderr.count("num_nextn_predict_layers=1") == 1
-    (tmp_path / "out.npz").unlink()
-    for wrong, expected in ((flags[:2], "--output"), ([*flags, "--recipe=fp"], "--recipe='fp'"),
-                            ([*flags, "--tokns=x"], "tokns"), ([*flags, f"--tokens={tmp_path}"], "is not a file")):
-        answer = command(*wrong)
-        assert answer.returncode == 2, answer.stderr
-        assert expected in answer.stderr and answer.stderr.count("\n") == 1
-        assert not (tmp_path / "out.npz").exists()
+    for words, code in ((flags, 0), ([*flags, f"--tokens={tmp_path}"], 2)):
+        done = subprocess.run([sys.executable, "-m", "research.score", *words], capture_output=True, text=True,
+                              cwd=GOLDEN.parents[1], timeout=600)
+        assert done.returncode == code, done.stderr
+        if code == 0:
+            assert np.load(tmp_path / "out.npz")["logits"].shape == (1, 4, 384)
+            assert done.stderr.count("num_nextn_predict_layers=1") == 1
+            (tmp_path / "out.npz").unlink()
+    assert "is not a file" in done.stderr and done.stderr.count("\n") == 1 and not (tmp_path / "out.npz").exists()
+
+
+@pytest.mark.parametrize("change, expected", [(slice(2), "--output"), (["--recipe=fp"], "--recipe='fp'"),
+                                              (["--tokns=x"], "tokns")])
+def test_wrong_flags(change, expected, tmp_path, capsys):
+    flags = [f"--checkpoint={V3}", f"--tokens={tokens(tmp_path, 1, 4)}", f"--output={tmp_path / 'out.npz'}"]
+    flags = flags[change] if isinstance(change, slice) else flags + change
+    try:
+        assert command.execute(main.main, ["score", *flags], main.FLAGS) == 2
+    finally:
+        main.FLAGS.unparse_flags()
+        for name in main.FLAGS:
+            main.FLAGS[name].value, main.FLAGS[name].present = main.FLAGS[name].default, 0
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1 and not (tmp_path / "out.npz").exists()

@@ -1,0 +1,36 @@
+"""The mesh of a run: which devices, under which axes; what it refuses, with the numbers."""
+
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from research.errors import RequestError
+from research.parallel.rules import AXES, check_shapes
+from research.precision.recipe import RECIPES
+
+
+def make_mesh(settings, shapes, devices=None) -> Mesh | None:
+    """The mesh of `settings.mesh` over the first of `devices` (None: all of this process); None for a mesh of one.
+
+    shapes: the parameters', which it must divide. Without a mesh everything is as it is on one device: no array is
+    placed and no collective compiled. RequestError names what does not fit.
+    """
+    sizes, devices = {axis: settings.mesh[axis] for axis in AXES}, devices or jax.devices()
+    if settings.mesh.pipeline > 1:
+        raise RequestError.field("mesh.pipeline", settings.mesh.pipeline,
+                                 "must be 1: training has no pipeline schedule, only the account counts one")
+    needed = math.prod(sizes.values())
+    if needed == 1:
+        return None
+    if RECIPES[settings.precision.recipe].quantized:
+        raise RequestError.field("precision.recipe", settings.precision.recipe,
+                                 f"runs on one device: a mesh of {needed} devices needs float32 or bfloat16")
+    product = " * ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1)
+    if needed > len(devices):
+        raise RequestError(f"config.{product} needs {needed} devices: {len(devices)} {devices[0].platform} "
+                           f"device{'s are' if len(devices) > 1 else ' is'} present")
+    check_shapes(shapes, sizes)
+    # Auto: the compiler spreads the rules' shardings; explicit axes, the default of make_mesh, refuse code like ours
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES),
+                         devices=devices[:needed])

@@ -256,13 +256,11 @@ def _check_training(c: dict) -> None:
 def _check_mesh(c: dict) -> None:
     """What any mesh must divide; `parallel/mesh.py` refuses what training cannot run."""
     shards = c["mesh.data"] * c["mesh.fsdp"] * c["mesh.expert"]
-    for name, pieces, of in (
-            ("training.batch_size", shards * c["training.accumulation_steps"], " * training.accumulation_steps"),
-            ("training.batch_ramp_start", shards * c["training.accumulation_steps"], " * training.accumulation_steps"),
-            ("evaluation.batch_size", shards, "")):
-        if shards > 1 and c[name] % pieces:
+    pieces = shards * c["training.accumulation_steps"]
+    for name in ("training.batch_size", "training.batch_ramp_start"):
+        if c[name] % pieces:
             raise RequestError.field(name, c[name], f"must be a multiple of {pieces} = mesh.data * mesh.fsdp * "
-                                     f"mesh.expert{of}")
+                                     "mesh.expert * training.accumulation_steps")
     experts = c["model.n_routed_experts"]
     if c["mesh.expert"] > 1 and not experts:
         raise RequestError.field("mesh.expert", c["mesh.expert"], "must be 1: the model has no experts")

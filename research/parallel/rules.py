@@ -5,7 +5,7 @@
     expert   splits the routed experts, which never move: tokens come to them (experts.py)
     tensor   splits heads, feed-forward widths and the vocabulary
 
-The batch is split over data x fsdp x expert. Activations are placed where `Products.placed` is called, and nowhere else.
+The batch is split over data x fsdp x expert. Activations are placed where `Products.placed` is called, nowhere else.
 """
 
 import re

@@ -203,12 +203,13 @@ def _backward(capacity, tiles, formats, padded, residuals, dy_XD):
 
     ends_E = jnp.append(plan.first_row_E[1:], jnp.int32(token_R.size))  # the rows after the last pair's weigh nothing
     dx_RD, dweight_R, dgate_EDF, dup_EDF, ddown_EFD = _over_tiles(plan, tiles, add_tile, _if_slots(plan, in_slots))
-    dx_XKD = (dx_RD[plan.row_XK[:, k]] for k in range(K))
-    dweights_XK = dweight_R[plan.row_XK]
+    dx_KXD = (dx_RD[plan.row_XK[:, k]] for k in range(K))
     if padded:
-        dx_XKD = (jnp.where(plan.valid_XK[:, k, None], dx_XD, 0) for k, dx_XD in enumerate(dx_XKD))
+        dx_KXD = (jnp.where(plan.valid_XK[:, k, None], dx_XD, 0) for k, dx_XD in enumerate(dx_KXD))
+    dx_XD, dweights_XK = sum(dx_KXD).astype(x_XD.dtype), dweight_R[plan.row_XK]
+    if padded:
         dweights_XK = jnp.where(plan.valid_XK, dweights_XK, 0)
-    return sum(dx_XKD).astype(x_XD.dtype), dgate_EDF, dup_EDF, ddown_EFD, None, dweights_XK
+    return dx_XD, dgate_EDF, dup_EDF, ddown_EFD, None, dweights_XK
 
 
 experts.defvjp(_forward, _backward)

@@ -10,7 +10,7 @@ DEVICES = 8
 FIELDS = {
     "model.num_hidden_layers": 1, "model.first_k_dense_replace": 0, "model.moe_intermediate_size": 40,
     "mtp.num_nextn_predict_layers": 1, "training.batch_size": 8,
-    "optimizer.clip_norm": 0, "model.num_attention_heads": 2, "model.bias_update_until": 1.0,
+    "optimizer.clip_norm": 0, "model.bias_update_until": 1.0, "mtp.loss_weight_switch": 1.0,
 }
 MESHES = {
     "one": {},
@@ -34,10 +34,11 @@ def run(name: str) -> dict:
     from research.tree import paths
     from tests import tiny
 
-    s = tiny.settings(FIELDS | {f"mesh.{axis}": size for axis, size in MESHES[name].items()})
-    model, variables = tiny.model(s, experts="auto" if name == DISPATCHED else "reference")
-    mesh = make_mesh(s)
-    model = model.clone(products=replace(model.products, mesh=mesh))
+    experts, attention = ("auto", "xla") if name == DISPATCHED else ("reference", "reference")
+    s = tiny.settings(FIELDS | {f"mesh.{axis}": size for axis, size in MESHES[name].items()}
+                      | {"model.attention_implementation": attention})
+    model, variables = tiny.model(s, experts=experts)
+    model = model.clone(products=replace(model.products, mesh=make_mesh(s)))
     state = init_state(model, s, variables)
     step = make_train_step(model, s).lower(state, tiny.batch(ROWS)).compile(QUICK)
     metrics, gradients = [], None

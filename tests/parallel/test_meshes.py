@@ -74,7 +74,8 @@ def test_experts_stay_where_they_are(found):
     assert gathers_of_experts(found["fsdp"]["program"]) > 0
     assert gathers_of_experts(found["expert"]["program"]) == 0
     assert gathers_of_experts(found["tensor and expert"]["program"]) == 0
-    assert "all-to-all" in found["expert"]["program"] and "all-to-all" not in found["data"]["program"]
+    assert "shard_map/all_to_all" in found["expert"]["program"]
+    assert "shard_map/all_to_all" not in found["fsdp"]["program"]
 
 
 def test_a_device_holds_its_share(found):

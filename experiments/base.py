@@ -129,12 +129,12 @@ def get_config() -> ConfigDict:
     e.decode_prompts = 0  # held-out starts decoded greedily at the end, plain and drafted, for the summary
     e.decode_tokens = 128  # of each
 
-    c.mesh = h = ConfigDict()  # devices = the product
-    h.data = 1
-    h.fsdp = 1
-    h.expert = 1
-    h.tensor = 1
-    h.pipeline = 1
+    c.mesh = h = ConfigDict()  # devices = the product; the batch is split over data x fsdp x expert
+    h.data = 1  # a copy of the weights each
+    h.fsdp = 1  # splits every matrix
+    h.expert = 1  # splits the routed experts
+    h.tensor = 1  # splits heads, feed-forward widths, vocabulary
+    h.pipeline = 1  # splits layers: in the account only, training refuses more than 1
 
     c.checkpoint = k = ConfigDict()
     k.every_steps = 200  # besides the one at the end; 0: only that one

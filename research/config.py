@@ -103,6 +103,7 @@ def check(config) -> Settings:
     _check_values(given)
     _check_model(given)
     _check_training(given)
+    _check_mesh(given)
     return Settings(**{f.name: FrozenConfigDict(groups[f.name]) for f in fields(Settings)})
 
 
@@ -255,9 +256,25 @@ def _check_training(c: dict) -> None:
     for earlier, later in zip(boundaries, boundaries[1:], strict=False):
         if c[earlier] > c[later]:
             raise RequestError.field(later, c[later], f"must be at least config.{earlier}={c[earlier]}")
-    for axis in ("data", "fsdp", "expert", "tensor", "pipeline"):
-        if c[f"mesh.{axis}"] != 1:
-            raise RequestError.field(f"mesh.{axis}", c[f"mesh.{axis}"], "must be 1: training runs on one device")
+
+
+def _check_mesh(c: dict) -> None:
+    """What any mesh must divide; `parallel/mesh.py` refuses what training cannot run."""
+    shards = c["mesh.data"] * c["mesh.fsdp"] * c["mesh.expert"]
+    pieces = shards * c["training.accumulation_steps"]
+    for name in ("training.batch_size", "training.batch_ramp_start"):
+        if c[name] % pieces:
+            raise RequestError.field(name, c[name], f"must be a multiple of {pieces} = mesh.data * mesh.fsdp * "
+                                     "mesh.expert * training.accumulation_steps")
+    experts = c["model.n_routed_experts"]
+    if c["mesh.expert"] > 1 and not experts:
+        raise RequestError.field("mesh.expert", c["mesh.expert"], "must be 1: the model has no experts")
+    for axis, name in (("expert", "model.n_routed_experts"), ("tensor", "model.num_attention_heads")):
+        if c[name] % c[f"mesh.{axis}"]:
+            raise RequestError.field(f"mesh.{axis}", c[f"mesh.{axis}"], f"does not divide config.{name}={c[name]}")
+    if c["mesh.pipeline"] > c["model.num_hidden_layers"]:
+        raise RequestError.field("mesh.pipeline", c["mesh.pipeline"], "must be at most config.model.num_hidden_layers="
+                                 f"{c['model.num_hidden_layers']}")
 
 
 def read(workdir: Path) -> Settings:

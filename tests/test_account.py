@@ -85,7 +85,7 @@ def test_an_account_without_terms_has_no_prices(capsys):
     ((NANO, "--tokens_per_second=0"), "--tokens_per_second=0 must be above 0"),
     ((NANO, "--tokens=many"), "many"),
     ((NANO, "--format=xml"), "format"),
-    ((NANO, "--config.mesh.data=0"), "config.mesh.data=0 must be a whole number, at least 1"),
+    ((NANO, "--config.mesh.data=0"), "config.mesh.data=0 must be at least 1"),
     ((NANO, "--config.mesh.data=3"), "config.training.batch_size=8 must be a multiple of 3"),
     ((NANO, "--config.mesh.expert=8", "--config.model.n_routed_experts=12"), "config.mesh.expert=8 does not divide"),
     (("--config=experiments/llama_3_1.py", "--config.mesh.expert=2"), "config.mesh.expert=2 must be 1"),

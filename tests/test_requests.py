@@ -133,8 +133,10 @@ WRONG = [
     field("data.sequence_length=5000", r"data\.sequence_length=5000 must be at most .*max_position_embeddings=4096"),
     field("mtp.num_nextn_predict_layers=64", r"mtp\.num_nextn_predict_layers=64 must be below .*sequence_length=64"),
     field("optimizer.plateau_until=0.05", r"optimizer\.plateau_until=0\.05 must be at least .*warmup_fraction=0\.1"),
-    *(field(f"mesh.{axis}=2", rf"mesh\.{axis}=2 must be 1: ") for axis in ("data", "fsdp", "expert", "tensor",
-                                                                           "pipeline")),
+    *(field(f"mesh.{axis}=2", rf"mesh\.{axis}=2 needs 2 devices: 1 cpu device is present")
+      for axis in ("data", "fsdp", "expert", "tensor")),
+    field("mesh.pipeline=2", r"mesh\.pipeline=2 must be 1: training has no pipeline schedule"),
+    field("mesh.data=3", r"training\.batch_size=8 must be a multiple of 3 = mesh\.data \* mesh\.fsdp \* mesh\.expert"),
     # data
     field("data.source=stdlibs", r"data\.source='stdlibs' must be one of stdlib, .*\(did you mean stdlib\?\)"),
     field("data.source=files", r"data\.files='' must name files"),

@@ -26,30 +26,38 @@ class Plan(NamedTuple):
     row_XK: jax.Array  # the row of each pair
     first_row_E: jax.Array  # of each expert's tiles
     tiles_NE: jax.Array  # how many of each size an expert has; only the last, of the smallest, may be partly filled
+    valid_XK: jax.Array | None  # pairs that name an expert; None: all do
 
 
-def make_plan(indices_XK, n_experts: int, capacity: int, tiles: tuple[int, ...]) -> Plan:
-    """Sorts the pairs by expert, stably: the first tokens of the batch get the slots."""
+def make_plan(indices_XK, n_experts: int, capacity: int, tiles: tuple[int, ...], padded: bool = False) -> Plan:
+    """Sorts the pairs by expert, stably: the first tokens of the batch get the slots.
+
+    padded: the index `n_experts` names none; such a pair has no row, and reads some row that it must not use.
+    """
     P, S = indices_XK.size, n_experts * capacity
     key_P = jnp.sort(indices_XK.reshape(-1) * P + jnp.arange(P, dtype=jnp.int32))
     order_P, expert_P = key_P % P, key_P // P
     count_E = jnp.zeros(n_experts, jnp.int32).at[indices_XK.reshape(-1)].add(1)
     rank_P = jnp.arange(P, dtype=jnp.int32) - (jnp.cumsum(count_E) - count_E)[expert_P]
     fit_E = jnp.minimum(count_E, capacity)
-    slots_used = 8 * jnp.sum(fit_E) >= 7 * P
+    slots_used = 8 * jnp.sum(fit_E) >= 7 * (jnp.sum(count_E) if padded else P)
     fit_E = jnp.where(slots_used, fit_E, 0)
     left_E = count_E - fit_E
     first_row_E = jnp.where(slots_used, S, 0) + jnp.cumsum(left_E) - left_E
     row_P = jnp.where(rank_P < fit_E[expert_P], expert_P * capacity + rank_P,
                       (first_row_E - fit_E)[expert_P] + rank_P)
-    row_XK = jnp.zeros(P, jnp.int32).at[order_P].set(row_P, unique_indices=True).reshape(indices_XK.shape)
     n_rows = max(P, S + P // 8) + tiles[-1]  # a tile reads and writes up to so many rows after the last pair's
+    if padded:  # rows behind the end are dropped where they are written, and are the first where they are read
+        row_P = jnp.where(expert_P < n_experts, row_P, n_rows + jnp.arange(P, dtype=jnp.int32))
+    row_XK = jnp.zeros(P, jnp.int32).at[order_P].set(row_P, unique_indices=True).reshape(indices_XK.shape)
     pair_R = jnp.full(n_rows, P, jnp.int32).at[row_P].set(order_P, unique_indices=True)
     tiles_NE = []
     for size in tiles:
         tiles_NE.append(left_E // size if size != tiles[-1] else -(-left_E // size))
         left_E = left_E % size
-    return Plan(slots_used, pair_R, row_XK, first_row_E, jnp.stack(tiles_NE))
+    valid_XK = indices_XK < n_experts if padded else None
+    row_XK = jnp.where(valid_XK, row_XK, 0) if padded else row_XK
+    return Plan(slots_used, pair_R, row_XK, first_row_E, jnp.stack(tiles_NE), valid_XK)
 
 
 def _over_tiles(plan: Plan, tiles: tuple[int, ...], add, carry):
@@ -82,10 +90,13 @@ def capacity_and_tiles(n_pairs: int, n_experts: int) -> tuple[int, tuple[int, ..
     return capacity, tuple(size for size in (512, 128, 32, 8) if size <= max(n_pairs, 8))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, tiles, formats):
-    """Equal to the reference in any split; see `capacity_and_tiles` for the numbers. Returns float32 y_XD."""
-    return _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, tiles, formats)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+def experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, tiles, formats, padded=False):
+    """Equal to the reference in any split; see `capacity_and_tiles` for the numbers. Returns float32 y_XD.
+
+    padded: the index E names no expert.
+    """
+    return _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, tiles, formats, padded)[0]
 
 
 def _if_slots(plan: Plan, compute):
@@ -109,11 +120,13 @@ def _product(spec, a, b, dtype):
     return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
 
 
-def _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, tiles, formats):
+def _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, tiles, formats, padded):
     X = x_XD.shape[0]
     E, K = gate_EDF.shape[0], indices_XK.shape[1]
     product = partial(_product, dtype=formats[0])
-    plan = make_plan(indices_XK, E, capacity, tiles)
+    plan = make_plan(indices_XK, E, capacity, tiles, padded)
+    if padded:
+        weights_XK = jnp.where(plan.valid_XK, weights_XK, 0)
     token_R = jnp.minimum(plan.pair_R // K, X - 1)  # an empty row computes the last token, nobody reads it
 
     def in_slots():
@@ -146,7 +159,7 @@ def _swiglu_backward(g, u, da, weight):
     return a * weight, jnp.sum(a * da, axis=-1), d * u * s * (1 + g * (1 - s)), d * g * s
 
 
-def _backward(capacity, tiles, formats, residuals, dy_XD):
+def _backward(capacity, tiles, formats, padded, residuals, dy_XD):
     x_XD, gate_EDF, up_EDF, down_EFD, weights_XK, plan, g_RF, u_RF = residuals
     X = x_XD.shape[0]
     E, K = gate_EDF.shape[0], weights_XK.shape[1]
@@ -190,8 +203,13 @@ def _backward(capacity, tiles, formats, residuals, dy_XD):
 
     ends_E = jnp.append(plan.first_row_E[1:], jnp.int32(token_R.size))  # the rows after the last pair's weigh nothing
     dx_RD, dweight_R, dgate_EDF, dup_EDF, ddown_EFD = _over_tiles(plan, tiles, add_tile, _if_slots(plan, in_slots))
-    dx_XD = sum(dx_RD[plan.row_XK[:, k]] for k in range(K))
-    return dx_XD.astype(x_XD.dtype), dgate_EDF, dup_EDF, ddown_EFD, None, dweight_R[plan.row_XK]
+    dx_KXD = (dx_RD[plan.row_XK[:, k]] for k in range(K))
+    if padded:
+        dx_KXD = (jnp.where(plan.valid_XK[:, k, None], dx_XD, 0) for k, dx_XD in enumerate(dx_KXD))
+    dx_XD, dweights_XK = sum(dx_KXD).astype(x_XD.dtype), dweight_R[plan.row_XK]
+    if padded:
+        dweights_XK = jnp.where(plan.valid_XK, dweights_XK, 0)
+    return dx_XD, dgate_EDF, dup_EDF, ddown_EFD, None, dweights_XK
 
 
 experts.defvjp(_forward, _backward)

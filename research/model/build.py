@@ -2,10 +2,12 @@
 
 import functools
 import zlib
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from research.model.balance import initial_bias
 from research.model.transformer import Transformer
@@ -14,15 +16,16 @@ from research.precision.recipe import RECIPES
 from research.tree import map_paths
 
 
-def make_model(settings) -> Transformer:
-    """The model of the settings, whose `model.vocab_size` is resolved."""
+def make_model(settings, mesh: Mesh | None = None) -> Transformer:
+    """The model of the settings, whose `model.vocab_size` is resolved; over a mesh, or on one device."""
     p = settings.precision
     names = tuple(filter(None, p.high_precision.split(",")))
-    return Transformer(settings.model, settings.mtp, Products(RECIPES[p.recipe], names, p.implementation))
+    return Transformer(settings.model, settings.mtp, Products(RECIPES[p.recipe], names, p.implementation, mesh=mesh))
 
 
 def variable_shapes(model: Transformer, settings):
     """{`params`, `routing`, `amax`} as ShapeDtypeStructs: nothing is allocated, whatever the size."""
+    model = model.clone(products=replace(model.products, mesh=None))  # the example's one row is not to be split
     variables = _initialized(model, min(8, settings.data.sequence_length))
     return {name: jax.tree.map(lambda leaf: leaf, variables.get(name, {})) for name in ("params", "routing", "amax")}
 

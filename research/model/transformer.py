@@ -34,9 +34,10 @@ class Block(nn.Module):
         x_BTD = x_BTD + ATTENTION[c.attention](c, self.products, name="attention")(h_BTD, segments_BT, positions_BT)
         h_BTD = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x_BTD)
         if self.dense:
-            return x_BTD + FeedForward(c.intermediate_size, self.products, c.initializer_range, name="mlp")(h_BTD), None
+            y_BTD = FeedForward(c.intermediate_size, self.products, c.initializer_range, name="mlp")(h_BTD)
+            return self.products.placed(x_BTD + y_BTD), None
         y_BTD, routing = MixtureOfExperts(c, self.products, name="mlp")(h_BTD, valid_BT)
-        return x_BTD + y_BTD, routing
+        return self.products.placed(x_BTD + y_BTD), routing
 
 
 class Transformer(nn.Module):
@@ -69,7 +70,7 @@ class Transformer(nn.Module):
         inputs = (attention_segments_BT, positions_BT, valid_BT)
 
         def embed(tokens):
-            return embedding_VD[tokens].astype(self.products.dtype)
+            return self.products.placed(embedding_VD[tokens].astype(self.products.dtype))
 
         def head(hidden_BTD):  # 16 or 32 bits in every recipe; logits in float32
             logits_XV = matmul(hidden_BTD.reshape(-1, c.hidden_size), head_DV, (hidden_BTD.dtype,) * 3)

@@ -5,10 +5,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from kernels.experts import experts
 from kernels.weight_only import Narrow
 from kernels.weight_only import product as narrow_product
+from research.parallel.experts import over_mesh
+from research.parallel.rules import placed
 from research.precision.experts import swiglu
 from research.precision.matmul import linear, matmul
 from research.precision.recipe import Format, Recipe
@@ -34,6 +37,7 @@ class Products:
     high_precision: tuple[str, ...] = ()  # projections in the dtype of activations, beside the recipe's own
     implementation: str = "auto"  # of quantised products: see kernels/choice.py
     experts_implementation: str = "auto"  # of float experts: see kernels/experts
+    mesh: Mesh | None = None  # of the devices that share the model; None: one device
 
     @property
     def dtype(self):
@@ -54,6 +58,10 @@ class Products:
     def quantizes(self, *names: str) -> bool:
         """Whether the recipe quantises the projections of these names; a feed-forward network's three go together."""
         return self.recipe.quantized and not set(names) & {*self.recipe.high_precision, *self.high_precision}
+
+    def placed(self, x):
+        """x (B, ...) where the mesh has it, see `parallel.rules`; x itself on one device."""
+        return placed(self.mesh, x)
 
     def linear(self, x, w_DF, name: str, histories):
         """x (..., D) times w_DF, in the dtype of activations. name: the projection's; histories: of `matmul.linear`."""
@@ -82,6 +90,10 @@ class Products:
         if self.quantizes(*FEED_FORWARD):
             return swiglu(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, histories, self.recipe,
                           self.implementation)
-        y_XD = experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK,
-                       formats=self._floats, implementation=self.experts_implementation)
-        return y_XD.astype(self.dtype)
+
+        def compute(*operands, expected_pairs=None):
+            return experts(*operands, formats=self._floats, implementation=self.experts_implementation,
+                           expected_pairs=expected_pairs).astype(self.dtype)
+
+        operands = x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK
+        return compute(*operands) if self.mesh is None else over_mesh(compute, self.mesh, *operands)

@@ -14,6 +14,7 @@ from research.errors import RequestError
 from research.interop.weights import read_weights, variables_of
 from research.model.balance import load_violation
 from research.model.build import make_model
+from research.parallel.mesh import make_mesh
 from research.training.step import make_eval_step
 
 
@@ -49,7 +50,7 @@ def evaluate_weights(settings, folder: Path) -> dict:
     Writes nothing. Tokens are those of the folder's own tokenizer.json. Raises RequestError.
     """
     corpus = load_corpus(settings, Tokenizer.load(folder))
-    model = make_model(settings)
+    model = make_model(settings, make_mesh(settings))
     variables, wrong = variables_of(read_weights(folder)[1], model, settings)
     if wrong:
         raise RequestError(f"--workdir={folder} holds another model: {wrong}")

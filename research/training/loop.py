@@ -17,6 +17,7 @@ from research.data.pipeline import load_corpus
 from research.data.tokenizer import Tokenizer
 from research.errors import RequestError, RunError
 from research.model.build import make_model
+from research.parallel.mesh import make_mesh
 from research.training import evaluation, samples
 from research.training.checkpoint import Checkpoints
 from research.training.metrics import Clock, MetricsLog, Progress, to_plain
@@ -37,7 +38,7 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
     corpus = corpus or load_corpus(settings)
     settings = settings.with_vocabulary(corpus.tokenizer.vocab_size)
     steps, saving, evaluating = settings.training.steps, settings.checkpoint, settings.evaluation
-    model = make_model(settings)
+    model = make_model(settings, make_mesh(settings))
     checkpoints = Checkpoints(workdir / "checkpoints", saving.keep_last, saving.keep_best)
     step = 0  # the one that is at work
     with contextlib.ExitStack() as stack:
@@ -52,7 +53,7 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
         step, tokens = int(state["step"]), record.get("tokens", 0)
         first = step + 1
         environment.pin_threads()
-        peak = environment.matmul_peak()
+        peak = environment.matmul_peak() * math.prod(settings.mesh.values())
         write_files(settings, workdir, corpus, peak)
         clock = Clock(record.get("seconds"))
         log = MetricsLog(workdir, step)
@@ -147,6 +148,8 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
         if stop.code:
             logging.info("stopped at step %d: %s", int(state["step"]), safe(checkpoints))
             raise Stopped(stop.code)
+        if model.products.mesh is not None:
+            model, state = make_model(settings), gathered(state)
         samples.write(model, state, corpus, settings, workdir / "samples.md")
         decoding = samples.time_decoding(model, state, corpus, settings)
         return {"steps": steps, "tokens": tokens, "validation": validation, "decoding": decoding, "gzip_bits_per_byte":
@@ -163,9 +166,15 @@ def evaluate_newest(settings: config.Settings, workdir: Path) -> dict:
         raise RequestError(f"--workdir={workdir} holds no intact checkpoint")
     corpus = load_corpus(settings, Tokenizer.load(workdir / "tokenizer.json"))  # on any text, the model's own tokens
     settings = settings.with_vocabulary(corpus.tokenizer.vocab_size)
-    model = make_model(settings)
+    model = make_model(settings, make_mesh(settings))
     state, _ = checkpoints.restore(step, abstract_state(model, settings))
     return {"step": step} | evaluation.on_held_out(model, state, corpus, settings)
+
+
+def gathered(state):
+    """What decoding reads of a state, on the first device: it knows no mesh."""
+    names = ("params", "routing", "ema", "step")
+    return jax.device_put({name: state[name] for name in names}, jax.local_devices()[0])
 
 
 def start(model, settings, checkpoints: Checkpoints):

@@ -9,6 +9,7 @@ import optax
 from research.model.balance import load_violation, update_bias
 from research.model.build import init_variables, variable_shapes
 from research.model.transformer import Transformer
+from research.parallel.rules import Shardings, shardings
 from research.training import schedules
 from research.training.losses import mtp_targets, token_losses
 from research.training.optimizer import make_optimizer
@@ -17,15 +18,29 @@ from research.training.optimizer import make_optimizer
 def init_state(model: Transformer, settings, variables=None):
     """The state of step 0: params, routing (biases), amax (of delayed scaling), optimizer, ema (None when off), step.
 
-    variables: weights to start from; None: drawn from `training.seed`.
+    variables: weights to start from; None: drawn from `training.seed`. On a mesh it is split as the rules say.
     """
     if variables is None:
         variables = init_variables(model, settings, settings.training.seed)
-    return jax.jit(partial(_first_state, model, settings))(variables)
+    over = shardings_of(model, settings)
+    return jax.jit(partial(_first_state, model, settings), **({"out_shardings": over.state} if over else {}))(variables)
 
 
 def abstract_state(model: Transformer, settings):
-    """The state's shapes and dtypes; nothing is allocated."""
+    """The state's shapes, dtypes and, on a mesh, shardings; nothing is allocated."""
+    state, over = _shapes(model, settings), shardings_of(model, settings)
+    if over is None:
+        return state
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, over.state)
+
+
+def shardings_of(model: Transformer, settings) -> Shardings | None:
+    """Of a step's arguments and results, by the model's mesh; None on one device."""
+    mesh = model.products.mesh
+    return None if mesh is None else shardings(mesh, _shapes(model, settings))
+
+
+def _shapes(model, settings):
     return jax.eval_shape(partial(_first_state, model, settings), variable_shapes(model, settings))
 
 
@@ -88,6 +103,8 @@ def make_train_step(model: Transformer, settings, loss=loss_of):
     `load_violation` averaged over layers, with `load_violation_by_layer` and, for the multi-token routers,
     `mtp_load_violation`.
     """
+    over = shardings_of(model, settings)
+    placing = {"in_shardings": (over.state, over.batch), "out_shardings": (over.state, over.whole)} if over else {}
     optimizer, pieces, steps = make_optimizer(settings), settings.training.accumulation_steps, settings.training.steps
     gradient = jax.value_and_grad(partial(loss, model=model, settings=settings), has_aux=True)
 
@@ -106,7 +123,7 @@ def make_train_step(model: Transformer, settings, loss=loss_of):
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[1], shapes[0][1]))
         return jax.lax.scan(add, zeros, parts)[0]
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0, **placing)
     def train_step(state, batch):
         step = state["step"] + 1
         total = jnp.maximum(jnp.sum(batch["mask_BT"]), 1).astype(jnp.float32)
@@ -142,7 +159,11 @@ def make_train_step(model: Transformer, settings, loss=loss_of):
 def make_eval_step(model: Transformer, settings):
     """(params, routing, batch) -> sums over the batch: nats, targets, loads (L, E) of the routed layers (None without
     such), and hits and targets of each depth (M,)."""
-    @jax.jit
+    over = shardings_of(model, settings)
+    # the weights come as they lie: trained ones, or their average, which is split further
+    placing = {"in_shardings": (None, over.state["routing"], over.batch), "out_shardings": over.whole} if over else {}
+
+    @partial(jax.jit, **placing)
     def eval_step(params, routing, batch):
         logits_BTV, out = apply_model(model, settings, params, routing, batch)
         nats, _ = token_losses(logits_BTV, (), batch)

@@ -1,0 +1,42 @@
+"""The mesh of a run: which devices, under which axes; what it refuses, with the numbers."""
+
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from research.errors import RequestError
+from research.model.build import make_model, variable_shapes
+from research.parallel.rules import AXES, BATCH, check_shapes
+from research.precision.recipe import RECIPES
+from research.tree import paths
+
+
+def make_mesh(settings, devices=None) -> Mesh | None:
+    """The mesh of `settings.mesh` over the first of `devices` (None: all that are present); None for a mesh of one.
+
+    Without a mesh everything is as it is on one device: no array is placed and no collective compiled. RequestError
+    names what does not fit.
+    """
+    sizes, devices = {axis: settings.mesh[axis] for axis in AXES}, devices or jax.devices()
+    if settings.mesh.pipeline > 1:
+        raise RequestError.field("mesh.pipeline", settings.mesh.pipeline,
+                                 "must be 1: training has no pipeline schedule, only the account counts one")
+    needed = math.prod(sizes.values())
+    if needed == 1:
+        return None
+    if RECIPES[settings.precision.recipe].quantized:
+        raise RequestError.field("precision.recipe", settings.precision.recipe,
+                                 f"runs on one device: a mesh of {needed} devices needs float32 or bfloat16")
+    product = " * ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1)
+    if needed > len(devices):
+        raise RequestError(f"config.{product} needs {needed} devices: {len(devices)} {devices[0].platform} "
+                           f"device{'s are' if len(devices) > 1 else ' is'} present")
+    shards, rows = math.prod(sizes[axis] for axis in BATCH), settings.evaluation.batch_size
+    if rows % shards:
+        raise RequestError.field("evaluation.batch_size", rows,
+                                 f"must be a multiple of {shards} = mesh.data * mesh.fsdp * mesh.expert")
+    check_shapes(paths(variable_shapes(make_model(settings), settings)["params"]), sizes)
+    # Auto: the compiler spreads the rules' shardings; explicit axes, the default of make_mesh, refuse code like ours
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES),
+                         devices=devices[:needed])

@@ -1,0 +1,93 @@
+"""Steps of the tiny model on meshes of 8 simulated devices, as JSON: run in a process of its own by the tests."""
+
+import json
+import os
+import sys
+import tempfile
+from dataclasses import replace
+
+DEVICES = 8
+FIELDS = {
+    "model.num_hidden_layers": 1, "model.first_k_dense_replace": 0, "model.moe_intermediate_size": 40,
+    "mtp.num_nextn_predict_layers": 1, "training.batch_size": 8,
+    "optimizer.clip_norm": 0, "model.bias_update_until": 1.0, "mtp.loss_weight_switch": 1.0,
+}
+MESHES = {
+    "one": {},
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8},
+    "expert": {"expert": 8},
+    "tensor and expert": {"tensor": 2, "expert": 4},
+}
+ROWS = ((7, 5), (4, 3, 3), (12,), (5, 6), (2, 2, 2), (9, 1), (11,), ())
+STEPS = 3
+DISPATCHED = "tensor and expert"  # as training dispatches; the definition, elsewhere, compiles in a third of the time
+QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
+
+
+def run(name: str) -> dict:
+    """Metrics of every step; the first step's gradients (Adam's first moments); the state after the last step."""
+    import numpy as np
+
+    from research.parallel.mesh import make_mesh
+    from research.training.step import init_state, make_train_step
+    from research.tree import paths
+    from tests import tiny
+
+    experts, attention = ("auto", "xla") if name == DISPATCHED else ("reference", "reference")
+    s = tiny.settings(FIELDS | {f"mesh.{axis}": size for axis, size in MESHES[name].items()}
+                      | {"model.attention_implementation": attention})
+    model, variables = tiny.model(s, experts=experts)
+    model = model.clone(products=replace(model.products, mesh=make_mesh(s)))
+    state = init_state(model, s, variables)
+    step = make_train_step(model, s).lower(state, tiny.batch(ROWS)).compile(QUICK)
+    metrics, gradients = [], None
+    for number in range(STEPS):
+        state, found = step(state, tiny.batch(ROWS, seed=number))
+        metrics.append({key: np.asarray(value).tolist() for key, value in found.items()})
+        if gradients is None:
+            gradients = {path: np.asarray(x).tolist() for path, x in paths(state["optimizer"][0].mu).items()}
+    return {
+        "metrics": metrics,
+        "gradients": gradients,
+        "state": {part: {path: np.asarray(x).tolist() for path, x in paths(state[part]).items()}
+                  for part in ("params", "routing")},
+        "program": step.as_text(),
+        "held": {path: x.addressable_shards[0].data.shape for path, x in paths(state["params"]).items()},
+    }
+
+
+def restored(folder: str) -> dict:
+    """Shapes on a device of experts saved by fsdp 4, read by expert 2 and by one; whether all bits are equal."""
+    import jax
+    import numpy as np
+
+    from research.parallel.mesh import make_mesh
+    from research.training.checkpoint import Checkpoints
+    from research.training.step import abstract_state, init_state
+    from tests import tiny
+
+    def on(**sizes):
+        s = tiny.settings(FIELDS | {f"mesh.{axis}": size for axis, size in sizes.items()})
+        model, variables = tiny.model(s)
+        return model.clone(products=replace(model.products, mesh=make_mesh(s))), s, variables
+
+    def held(state):
+        return list(state["params"]["layers"]["mlp"]["gate_proj"].addressable_shards[0].data.shape)
+
+    state, checkpoints = init_state(*on(fsdp=4)), Checkpoints(folder, 1, 0)
+    checkpoints.save(3, state, {})
+    checkpoints.close()
+    read = [checkpoints.restore(3, abstract_state(*on(**sizes)[:2]))[0] for sizes in ({"expert": 2}, {})]
+    equal = [all(np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (state, other)), strict=True))
+             for other in read]
+    return {"saved": held(state), "two": held(read[0]), "one": held(read[1]), "equal": equal}
+
+
+if __name__ == "__main__":
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+    import jax
+
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    with tempfile.TemporaryDirectory() as folder:
+        json.dump({name: run(name) for name in MESHES} | {"restored": restored(folder)}, sys.stdout)

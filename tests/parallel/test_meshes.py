@@ -1,0 +1,134 @@
+"""One device equals eight: loss, gradients, routing biases and metrics over several steps on every kind of mesh."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from research.errors import RequestError
+from research.parallel.mesh import make_mesh
+from research.parallel.rules import axes_of
+from tests import tiny
+from tests.parallel.meshes import FIELDS, MESHES, STEPS
+
+ROOT = Path(__file__).parents[2]
+OTHERS = [name for name in MESHES if name != "one"]
+
+
+@pytest.fixture(scope="module")
+def found():
+    """{mesh: what `meshes.run` says}, of one process with eight simulated devices."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-m", "tests.parallel.meshes"], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("mesh", OTHERS)
+def test_every_gradient_is_that_of_one_device(found, mesh):
+    """Adam's first moments after the first step: a tenth of the gradients, which no norm has clipped."""
+    one, other = found["one"]["gradients"], found[mesh]["gradients"]
+    assert one.keys() == other.keys()
+    for path, expected in one.items():
+        expected, actual = np.asarray(expected), np.asarray(other[path])
+        assert np.any(expected), path
+        assert np.linalg.norm(actual - expected) <= 2e-5 * np.linalg.norm(expected), path
+
+
+@pytest.mark.parametrize("mesh", OTHERS)
+def test_metrics_of_every_step_are_those_of_one_device(found, mesh):
+    """Loads are counted over the whole batch, once: each expert's load is a whole number, so equal or wrong."""
+    assert len(found[mesh]["metrics"]) == STEPS
+    for one, other in zip(found["one"]["metrics"], found[mesh]["metrics"], strict=True):
+        assert one.keys() == other.keys()
+        for name, expected in one.items():
+            np.testing.assert_allclose(other[name], expected, rtol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", OTHERS)
+def test_the_state_after_several_steps_is_that_of_one_device(found, mesh):
+    """Biases have moved alike; of the weights Adam's division enlarges what is next to nothing."""
+    one, other = found["one"]["state"], found[mesh]["state"]
+    assert one["routing"].keys() == other["routing"].keys() and len(one["routing"]) == 2
+    for path, expected in one["routing"].items():
+        np.testing.assert_allclose(other["routing"][path], expected, atol=1e-6, err_msg=path)
+    for path, expected in one["params"].items():
+        expected, actual = np.asarray(expected), np.asarray(other["params"][path])
+        assert np.linalg.norm(actual - expected) <= 2e-3 * np.linalg.norm(expected), path
+
+
+def gathers_of_experts(program: str) -> int:
+    """All-gathers of a compiled program whose result has a dimension of 40, the experts' width."""
+    shapes = re.findall(r"= ([^=]*?) all-gather(?:-start)?\(", program)
+    return sum("40" in re.findall(r"\d+", re.sub(r"[a-z]+\d+\[|\{[^}]*\}", " ", shape)) for shape in shapes)
+
+
+def test_experts_stay_where_they_are(found):
+    """Tokens go to them and back; where fsdp splits a matrix it is gathered, so that the search can find it."""
+    assert gathers_of_experts(found["fsdp"]["program"]) > 0
+    assert gathers_of_experts(found["expert"]["program"]) == 0
+    assert gathers_of_experts(found["tensor and expert"]["program"]) == 0
+    assert "shard_map/all_to_all" in found["expert"]["program"]
+    assert "shard_map/all_to_all" not in found["fsdp"]["program"]
+
+
+def test_a_device_holds_its_share(found):
+    """(1, E, D, F) of a layer's experts, and a matrix of all tokens."""
+    experts, matrix = "layers/mlp/gate_proj", "layers/mlp/shared_experts/gate_proj/kernel"
+    assert found["one"]["held"][experts] == [1, 8, 16, 40] and found["one"]["held"][matrix] == [1, 16, 40]
+    assert found["data"]["held"][experts] == [1, 8, 16, 40]
+    assert found["fsdp"]["held"][experts] == [1, 8, 2, 40] and found["fsdp"]["held"][matrix] == [1, 2, 40]
+    assert found["expert"]["held"][experts] == [1, 1, 16, 40]
+    assert found["tensor and expert"]["held"][experts] == [1, 2, 16, 20]
+    assert found["tensor and expert"]["held"][matrix] == [1, 16, 20]
+
+
+def test_a_checkpoint_goes_on_on_another_mesh(found):
+    """Saved by four, read by two and by one: the same bits, split as the reader's mesh says."""
+    assert found["restored"] == {"saved": [1, 8, 4, 40], "two": [1, 4, 16, 40], "one": [1, 8, 16, 40],
+                                 "equal": [True, True]}
+
+
+@pytest.mark.parametrize("fields, said", [
+    ({"mesh.data": 2}, r"config.mesh.data=2 needs 2 devices: 1 cpu device is present"),
+    ({"mesh.expert": 4, "mesh.tensor": 2}, r"config.mesh.expert=4 \* mesh.tensor=2 needs 8 devices: 1 cpu device is"),
+    ({"mesh.data": 3}, r"config.training.batch_size=8 must be a multiple of 3 = mesh.data \* mesh.fsdp \* mesh.expert"),
+    ({"mesh.data": 4, "training.batch_ramp_start": 2}, r"config.training.batch_ramp_start=2 must be a multiple of 4"),
+    ({"mesh.data": 4, "training.accumulation_steps": 4}, r"config.training.batch_size=8 must be a multiple of 16"),
+    ({"mesh.tensor": 4}, r"config.mesh.tensor=4 does not divide config.model.num_attention_heads=2"),
+    ({"mesh.expert": 4, "model.n_routed_experts": 6, "model.n_group": 1, "model.topk_group": 1},
+     r"config.mesh.expert=4 does not divide config.model.n_routed_experts=6"),
+    ({"mesh.expert": 2, "model.n_routed_experts": 0}, r"config.mesh.expert=2 must be 1: the model has no experts"),
+    ({"mesh.pipeline": 2, "model.num_hidden_layers": 2}, r"config.mesh.pipeline=2 must be 1: training has no pipeline"),
+    ({"mesh.data": 2, "precision.recipe": "fp8_deepseek"}, r"precision.recipe='fp8_deepseek' runs on one device"),
+])
+def test_what_does_not_fit_is_refused_with_the_numbers(fields, said):
+    with pytest.raises(RequestError, match=said):
+        make_mesh(tiny.settings(FIELDS | fields))
+
+
+def test_evaluation_is_split_too():
+    with pytest.raises(RequestError, match=r"config.evaluation.batch_size=4 must be a multiple of 8 = mesh.data"):
+        make_mesh(tiny.settings(FIELDS | {"mesh.fsdp": 8, "evaluation.batch_size": 4}), devices=[object()] * 8)
+
+
+def test_a_width_that_does_not_divide_is_refused():
+    s = tiny.settings(FIELDS | {"mesh.tensor": 2, "model.moe_intermediate_size": 5})
+    with pytest.raises(RequestError, match=r"mesh.tensor=2 does not divide the 5 of layers/mlp/down_proj \(1, 8"):
+        make_mesh(s, devices=[object()] * 2)
+
+
+def test_a_mesh_of_one_is_no_mesh():
+    assert make_mesh(tiny.settings()) is None
+
+
+def test_no_rule_covers_a_strange_parameter():
+    assert axes_of("layers/mlp/up_proj", 4) == (None, "expert", "fsdp", "tensor")
+    with pytest.raises(ValueError, match="no rule of RULES covers strange"):
+        axes_of("strange", 2)

@@ -139,7 +139,8 @@ def make_train_step(model: Transformer, settings):
 
 
 def make_eval_step(model: Transformer, settings):
-    """(params, routing, batch) -> sums over the batch: nats, targets, and hits and targets of each depth (M,)."""
+    """(params, routing, batch) -> sums over the batch: nats, targets, hits and targets of each depth (M,), and what
+    `loads_of` gives."""
     @jax.jit
     def eval_step(params, routing, batch):
         logits_BTV, out = apply_model(model, settings, params, routing, batch)
@@ -150,6 +151,6 @@ def make_eval_step(model: Transformer, settings):
             hits.append(jnp.sum((jnp.argmax(logits, axis=-1) == targets_BT) & mask_BT))
             counts.append(jnp.sum(mask_BT))
         return {"nats": nats, "targets": jnp.sum(batch["mask_BT"]), "mtp_hits": jnp.array(hits, jnp.int32),
-                "mtp_targets": jnp.array(counts, jnp.int32)}
+                "mtp_targets": jnp.array(counts, jnp.int32), "loads": loads_of(out["routing"])}
 
     return eval_step

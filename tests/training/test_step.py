@@ -177,6 +177,9 @@ def test_evaluation_sums_by_counting():
     assert int(sums["targets"]) == batch["mask_BT"].sum()
     np.testing.assert_array_equal(sums["mtp_hits"], hits)
     np.testing.assert_array_equal(sums["mtp_targets"], counts)
+    for part, number in rows[0].loads:
+        load = sums["loads"]["layers"][number] if part == "layers" else sums["loads"]["mtp"][int(part[4:]) - 1]
+        np.testing.assert_array_equal(load, sum(row.loads[part, number] for row in rows))
 
 
 def test_without_experts_and_without_multi_token_modules():

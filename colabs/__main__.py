@@ -1,7 +1,8 @@
 """Executes notebooks in their FAST form and writes their outputs back: `python -m colabs [NAME ...]`.
 
 From top to bottom; without names, all. A notebook whose cell fails is left as it was; the exit code is then 1. What is
-written is the same for the same outputs: no times, no metadata but the language; cells are numbered in order.
+written is the same for the same outputs: no times, no metadata but the language, cells numbered in order. The last
+picture of each goes to `colabs/pictures/` too.
 """
 
 import os
@@ -10,7 +11,8 @@ import time
 from pathlib import Path
 
 from colabs import REPOSITORY
-from colabs.form import badge, first_cell, sign, strip
+from colabs.form import badge, first_cell, last_picture, sign, strip
+from research.files import write_whole
 
 FOLDER = Path(__file__).resolve().parent
 SECONDS = 1800  # of one cell, on a machine that does other things too
@@ -40,6 +42,8 @@ def execute(path: Path) -> str | None:
     strip(notebook)
     nbformat.validate(notebook)
     nbformat.write(notebook, path)
+    (FOLDER / "pictures").mkdir(exist_ok=True)
+    write_whole(FOLDER / "pictures" / f"{path.stem}.png", last_picture(notebook))
     return None
 
 
@@ -49,8 +53,8 @@ def provenance() -> str:
 
     about = describe()
     busy = f", load {os.getloadavg()[1]:.0f} from other work" if hasattr(os, "getloadavg") else ""
-    commit, cores = (about["commit"] or "no commit")[:8], os.cpu_count()
-    return (f"at {commit}; {about['processor']}, {cores} cores{busy}; "
+    commit, cores = about["commit"] or "no commit", os.cpu_count()
+    return (f"at {commit[:8]}{'+' * commit.endswith('+')}; {about['processor']}, {cores} cores{busy}; "
             f"{about['device']}, JAX {about['packages']['jax']}.")
 
 

@@ -1,5 +1,6 @@
 """What every notebook has in common: badge, first cell, and the form in which it is committed."""
 
+import base64
 import re
 
 SERVICE = "https://colab.research.google.com"
@@ -47,6 +48,12 @@ def sign(notebook, made: str) -> None:
     if notebook.cells[-1].source.startswith(SIGNED):
         del notebook.cells[-1]
     notebook.cells.append(new_markdown_cell(f"{SIGNED} {made}*"))
+
+
+def last_picture(notebook) -> bytes:
+    """The PNG that the notebook ends with."""
+    return base64.b64decode([output["data"]["image/png"] for cell in notebook.cells if cell.cell_type == "code"
+                             for output in cell.outputs if "image/png" in output.get("data", {})][-1])
 
 
 def strip(notebook) -> None:

@@ -64,7 +64,8 @@ def draw_mesh(axes, meshes: dict[str, tuple[str, ...]], recipe: str) -> None:
 def draw_sparsity(axes, gpu: str, mfu: float, tokens: float) -> None:
     """Hours of training over the number of experts a token chooses of 256, and what a dense model of all would take."""
     chosen = [1, 2, 4, 8, 16, 32, 64, 128, 256]
-    spent = [hours(shape(61, 256, k)["flops"], gpu, mfu, tokens) / 1e6 for k in chosen]
+    least, eight = (shape(61, 256, k)["flops"] for k in (1, 8))  # FLOPs are linear in the number of experts
+    spent = [hours(least + (k - 1) * (eight - least) / 7, gpu, mfu, tokens) / 1e6 for k in chosen]
     axes.loglog(chosen, spent, color="black", marker="o", markerfacecolor="white", linewidth=1.1)
     axes.axhline(spent[-1], color="black", linestyle=":", linewidth=1)
     for k, value in zip(chosen, spent, strict=True):

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from colabs import REPOSITORY
 from colabs.form import badge, first_cell, last_picture, sign, strip
-from research.files import write_whole
 
 FOLDER = Path(__file__).resolve().parent
 SECONDS = 1800  # of one cell, on a machine that does other things too
@@ -43,7 +42,7 @@ def execute(path: Path) -> str | None:
     nbformat.validate(notebook)
     nbformat.write(notebook, path)
     (FOLDER / "pictures").mkdir(exist_ok=True)
-    write_whole(FOLDER / "pictures" / f"{path.stem}.png", last_picture(notebook))
+    (FOLDER / "pictures" / f"{path.stem}.png").write_bytes(last_picture(notebook))
     return None
 
 

@@ -3,7 +3,7 @@
 import functools
 
 from research import plots
-from research.accounting import cost, flops
+from research.accounting import cost, flops, memory
 from research.accounting.parameters import count
 from research.accounting.statement import Terms, account
 from research.tables.runner import published
@@ -54,8 +54,8 @@ def draw_stages(axes, rows) -> None:
 
 def draw_mesh(axes, meshes: dict[str, tuple[str, ...]], recipe: str) -> None:
     """Gigabytes of a device by mesh: DeepSeek-V3, beside what an H800 has."""
-    totals = {name: bill("deepseek_v3", 1e12, "H800", 0.4, 2.0, (*fields, f"precision.recipe={recipe}"))
-              ["memory_per_device"]["total"] / 1e9 for name, fields in meshes.items()}
+    settings = {name: published("deepseek_v3", *fields, f"precision.recipe={recipe}") for name, fields in meshes.items()}
+    totals = {name: memory.of_device(chosen, True)["total"] / 1e9 for name, chosen in settings.items()}
     plots.bars(axes, list(totals), {recipe: list(totals.values())}, "GB a device (logarithmic; an H800 has 80)", 0,
                log=True)
     axes.axvline(80, color="black", linestyle="--", linewidth=1)
@@ -70,7 +70,8 @@ def draw_sparsity(axes, gpu: str, mfu: float, tokens: float) -> None:
     axes.axhline(spent[-1], color="black", linestyle=":", linewidth=1)
     for k, value in zip(chosen, spent, strict=True):
         if k in (8, 256):
-            axes.annotate(f"{k} of 256: {value:,.1f}M hours", (k, value), (6, -12), textcoords="offset points")
+            axes.annotate(f"{k} of 256: {value:,.1f}M hours", (k, value), (8 if k == 8 else -8, -4 if k == 8 else 5),
+                          textcoords="offset points", ha="left" if k == 8 else "right")
     axes.set_xticks(chosen, [str(k) for k in chosen])
     axes.set_yticks([2, 5, 10, 20, 50], ["2", "5", "10", "20", "50"])
     axes.minorticks_off()

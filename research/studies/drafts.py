@@ -95,6 +95,7 @@ def draw_speeds(axes, found: dict[int, list[float]], tokens_a_step: dict[int, fl
     plots.bars(axes[1], [f"{k} drafts" for k in drafts], {"": median}, "tokens a second, median and range", 0)
     axes[1].get_legend().remove()
     for place, k in enumerate(drafts):
+        axes[1].set_xlim(0, 1.18 * max(map(max, found.values())))
         axes[1].hlines(place + 0.25, min(found[k]), max(found[k]), color="black", linewidth=1.5)
 
 
@@ -109,7 +110,7 @@ def draw_worth(axes, rate: float, cost: float, measured: dict[str, float]) -> No
     axes.axhline(1, color="black", linewidth=0.8)
     for name, a in measured.items():
         axes.axvline(a, color="0.5", linewidth=1)
-        axes.annotate(name, (a, 0.52), rotation=90, fontsize=8, ha="right", va="bottom")
+        axes.annotate(name, (a, 2.03), rotation=90, fontsize=8, ha="right", va="top")
     axes.plot([rate], [worth(rate, cost)], "k*", markersize=12)
     axes.xaxis.set_major_locator(MultipleLocator(0.2))
     axes.xaxis.set_major_formatter(PercentFormatter(1))

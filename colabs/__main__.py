@@ -51,7 +51,7 @@ def provenance() -> str:
     from research.environment import describe
 
     about = describe()
-    busy = f", load {os.getloadavg()[1]:.0f} from other work" if hasattr(os, "getloadavg") else ""
+    busy = f", a load of {os.getloadavg()[1]:.0f} when it began" if hasattr(os, "getloadavg") else ""
     commit, cores = about["commit"] or "no commit", os.cpu_count()
     return (f"at {commit[:8]}{'+' * commit.endswith('+')}; {about['processor']}, {cores} cores{busy}; "
             f"{about['device']}, JAX {about['packages']['jax']}.")

@@ -54,8 +54,10 @@ def draw_stages(axes, rows) -> None:
 
 def draw_mesh(axes, meshes: dict[str, tuple[str, ...]], recipe: str) -> None:
     """Gigabytes of a device by mesh: DeepSeek-V3, beside what an H800 has."""
-    settings = {name: published("deepseek_v3", *fields, f"precision.recipe={recipe}") for name, fields in meshes.items()}
-    totals = {name: memory.of_device(chosen, True)["total"] / 1e9 for name, chosen in settings.items()}
+    totals = {}
+    for name, fields in meshes.items():
+        settings = published("deepseek_v3", *fields, f"precision.recipe={recipe}")
+        totals[name] = memory.of_device(settings, True)["total"] / 1e9
     plots.bars(axes, list(totals), {recipe: list(totals.values())}, "GB a device (logarithmic; an H800 has 80)", 0,
                log=True)
     axes.axvline(80, color="black", linestyle="--", linewidth=1)

@@ -17,7 +17,7 @@ GPU_SEEDS ?= 0 1 2
 GPU_SECONDS ?= 440
 PEER_PYTHON ?= $(GPU_PYTHON)
 
-.PHONY: setup run test bench tables parity eval eval-test aot gpu gpu-device gpu-test gpu-bench gpu-train
+.PHONY: setup run test bench tables colabs parity eval eval-test aot gpu gpu-device gpu-test gpu-bench gpu-train
 
 setup: $(VENV)/ready
 
@@ -39,6 +39,16 @@ bench: setup
 
 tables: setup
 	$(BIN)/python -m research.tables --table=all
+
+# Executes every notebook, or NOTEBOOKS="cost mla", and writes the outputs back; an environment with Jupyter's kernel.
+colabs: .venv-colabs/ready
+	.venv-colabs/bin/python -m colabs $(NOTEBOOKS)
+
+.venv-colabs/ready: requirements-colabs.txt requirements.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.12 or newer found; install one" >&2; exit 2; }
+	$(PYTHON) -m venv .venv-colabs
+	.venv-colabs/bin/pip install --quiet --disable-pip-version-check -r requirements-colabs.txt
+	@touch $@
 
 parity: .venv-parity/ready
 

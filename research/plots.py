@@ -27,6 +27,11 @@ def require(asked: str) -> None:
 
 def save(path: Path, draw, panels: int = 1, height: float = 3.2) -> None:
     """Writes a PNG of `panels` axes below one another, which `draw` fills; height: inches of each."""
+    path.write_bytes(png(draw, panels, height))
+
+
+def png(draw, panels: int = 1, height: float = 3.2) -> bytes:
+    """What `save` writes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -35,8 +40,10 @@ def save(path: Path, draw, panels: int = 1, height: float = 3.2) -> None:
     with matplotlib.rc_context(STYLE):
         figure, axes = pyplot.subplots(panels, figsize=(7, height * panels), squeeze=False)
         draw(list(axes[:, 0]))
-        figure.savefig(path, format="png", metadata={"Software": None})
+        file = io.BytesIO()
+        figure.savefig(file, format="png", metadata={"Software": None})
         pyplot.close(figure)
+    return file.getvalue()
 
 
 def bars(axes, labels: list[str], series: dict[str, list[float | None]], quantity: str, digits: int,
@@ -115,6 +122,43 @@ def svg(draw, name: str, label: str, height: float = 2.5) -> str:
     drawn = re.sub(r"'DejaVu Sans'.*?(?=[;\"])", "inherit", drawn)
     drawn = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", drawn)
     return drawn.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}" fill="currentColor"', 1)
+
+
+def ink(axes, values_RC, rows: list[str], columns: list[str], row: str, column: str, quantity: str,
+        largest: float | None = None, digits: int | None = None) -> None:
+    """A table of shades, darker is more, from 0 to `largest` (None: the largest value).
+
+    row, column, quantity: what rows, columns and shades are; digits: the numbers stand in the cells too.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+
+    # black of growing opacity, not greys: on a dark page the ink is white
+    shades = LinearSegmentedColormap.from_list("ink", [(0, 0, 0, 0), (0, 0, 0, 1)])
+    norm = Normalize(0, largest or max((float(value) for values in values_RC for value in values), default=1) or 1)
+    axes.pcolormesh(values_RC, cmap=shades, norm=norm, edgecolors=(0, 0, 0, 0.25), linewidth=0.4)
+    axes.set_xticks(*_ticks(columns))
+    axes.set_yticks(*_ticks(rows))
+    axes.invert_yaxis()
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_xlabel(column)
+    axes.set_ylabel(row)
+    if digits is not None:
+        for y, values in enumerate(values_RC):
+            for x, value in enumerate(values):
+                axes.text(x + 0.5, y + 0.5, f"{value:.{digits}f}", ha="center", va="center", fontsize=7,
+                          color="#000000" if norm(value) < 0.55 else "#ffffff")
+    scale = axes.figure.colorbar(ScalarMappable(norm, shades), ax=axes, label=quantity, fraction=0.046, pad=0.02)
+    scale.outline.set_visible(False)
+    scale.solids.set_rasterized(False)
+
+
+def _ticks(names: list[str]) -> tuple[list[float], list[str]]:
+    """Places and names of at most 16 ticks in the middle of cells."""
+    every = -(-len(names) // 16)
+    return [place + 0.5 for place in range(0, len(names), every)], names[::every]
 
 
 def lines(axes, series: dict[str, tuple], across: str, quantity: str) -> None:

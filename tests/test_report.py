@@ -20,7 +20,7 @@ TAGS = {"p", "strong", "h1", "h2", "h3", "pre", "dl", "div", "dt", "dd", "sectio
         "title", "style", "svg", "defs", "g", "path", "use", "clippath", "rect", "text", "pattern"}
 TITLES = ("Loss", "Bits per byte, held out", "Multi-token accuracy, held out, the text before given",
           "Load of experts: MaxVio", "Training speed", "Gradient norm, before clipping", "Learning rate",
-          "Load of experts by layer", "Where the time went")
+          "Load of experts by layer", "Load of each expert", "Where the time went")
 
 
 class Page(html.parser.HTMLParser):
@@ -72,7 +72,8 @@ def workdir(path, steps: int = 4, whole: bool = True):
         log.write(line(step))
     if whole:
         log.write({"step": steps, "split": "validation", "loss": 3.8728, "bits_per_byte": 5.587,
-                   "mtp_accuracy": [0.28]})
+                   "mtp_accuracy": [0.28], "expert_load": [[1.0, 1.0], [0.005, 1.995]],
+                   "mtp_expert_load": [[0.8, 1.2]]})
         (path / "samples.md").write_text(f"# Samples\n\n## <b>a.py\n\nGiven:\n\n{fenced(HOSTILE)}\nWritten:\n\n"
                                          + fenced("x < y"))
         (path / "environment.json").write_text(json.dumps({"device": "<u>cpu", "packages": {"jax": "0.11.2"}}))
@@ -117,6 +118,8 @@ def test_everything_of_the_run_is_on_the_page(page):
                             "next token, held out = 3.873."
     assert notes["Training speed"] == "Last 4,000, least 1,000, greatest 4,000."
     assert "Most uneven at the end: layer 2, MaxVio 2." in notes["Load of experts by layer"]
+    assert notes["Load of each expert"] == ("Step 4, held-out text; 1 is the mean of a layer. Greatest 1.995: layer 2, "
+                                            "expert 1. 1 of 6 experts below 0.01.")
     assert "compile 30%, train 60%, data 0%, evaluate 10%, save 0% of 10.0 s" in notes["Where the time went"]
     assert page.of("svg")[TITLES.index("Bits per byte, held out")].split().count("4") == 1  # a tick for one step
     changed, every, environment = page.of("tbody")
@@ -159,7 +162,7 @@ def test_a_run_that_goes_on_is_shown_as_far_as_it_got(tmp_path, capsys):
         "metrics.jsonl is read up to its first damaged line: 1 of its 3 lines are left out.",
         "environment.json is missing or cannot be read."]
     assert all(notice in shown.of("p") for notice in notices) and any("samples.md is not" in p for p in shown.of("p"))
-    assert shown.of("strong") == [title for title in TITLES if "held out" not in title and "time" not in title]
+    assert shown.of("strong") == [title for title in TITLES if not re.search("held out|time|each expert", title)]
 
 
 def test_odd_values_and_files_are_left_out(tmp_path):
@@ -247,4 +250,8 @@ def test_columns_hold_finite_numbers_of_their_own_steps():
     lines = [{"step": 1, "x": 2, "y": [1.0]}, {"step": 2, "x": True}, {"step": 3, "x": float("inf"), "y": [1.0, 5]},
              {"step": 4, "x": 10**400}]
     assert run.column(lines, "x") == ([1], [2.0]) and run.column(lines, "y", 1) == ([3], [5.0])
+    rows = {"even": [[1, 2.0], [3, 4]], "ragged": [[1, 2], [3]], "text": [["1"]], "empty": [[]], "flat": [1],
+            "none": None}
+    assert run.table(rows, "even") == [[1.0, 2.0], [3.0, 4.0]]
+    assert not any(run.table(rows, name) for name in ("ragged", "text", "empty", "flat", "none", "absent"))
     assert run.depth(lines, "y") == 2 and run.depth(lines, "x") == 0

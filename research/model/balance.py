@@ -63,6 +63,11 @@ def update_bias(bias, loads, config, speed):
     return bias + speed * error
 
 
+def relative_load(loads):
+    """Each expert's load over the mean of the last axis (V3 Figure 9): 1 is even, 0 is an expert that nobody chose."""
+    return loads / jnp.maximum(jnp.mean(loads, axis=-1, keepdims=True), 1e-9)
+
+
 def load_violation(loads):
     """MaxVio = (max load - mean load) / mean load over the last axis (2408.15664)."""
     mean = jnp.mean(loads, axis=-1)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from research import plots
-from research.reporting.run import Run, column, depth
+from research.reporting.run import Run, column, depth, table
 from research.training.metrics import PHASES
 
 POINTS = 120  # of a curve: longer ones are drawn as means and ranges of neighbouring steps
@@ -35,7 +35,7 @@ def short(value: float) -> str:
 def figures(run: Run) -> list[Figure]:
     """Those for which the run has numbers."""
     made = [_curve(*curves) for curves in _curves(run)]
-    return [figure for figure in (*made, _layers(run), _timing(run)) if figure]
+    return [figure for figure in (*made, _layers(run), _experts(run), _timing(run)) if figure]
 
 
 def _curves(run: Run):
@@ -106,6 +106,27 @@ def _layers(run: Run) -> Figure | None:
     return Figure("Load of experts by layer", note, plots.svg(
         lambda axes: plots.lines(axes, means, "layer", "MaxVio, mean over steps"), "layers",
         f"MaxVio of each layer, in the first and the last tenth of the steps. {note}"))
+
+
+def _experts(run: Run) -> Figure | None:
+    """Which experts are chosen: the load of each on held-out text, in the last evaluation that tells it."""
+    for line in reversed(run.validation):
+        if layers := [*table(line, "expert_load"), *table(line, "mtp_expert_load")]:
+            break
+    else:
+        return None
+    main = len(table(line, "expert_load"))
+    dense = run.fields.get("model.num_hidden_layers", main) - main
+    names = [str(dense + layer) for layer in range(main)] + [f"MTP {k + 1}" for k in range(len(layers) - main)]
+    largest = max(range(len(layers)), key=lambda layer: max(layers[layer]))
+    idle = sum(load < 0.01 for layer in layers for load in layer)
+    note = (f"Step {line['step']:,}, held-out text; 1 is the mean of a layer. Greatest {short(max(layers[largest]))}: "
+            f"layer {names[largest]}, expert {layers[largest].index(max(layers[largest]))}. "
+            f"{idle:,} of {sum(map(len, layers)):,} experts below 0.01.")
+    height = 1.6 + 0.28 * min(len(layers), 16)
+    return Figure("Load of each expert", note, plots.svg(
+        lambda axes: plots.ink(axes, layers, names, [str(expert) for expert in range(len(layers[0]))], "layer",
+                               "expert", "load / mean"), "experts", f"Load of each expert by layer. {note}", height))
 
 
 def _timing(run: Run) -> Figure | None:

@@ -73,7 +73,7 @@ def column(lines: list[dict], name: str, place: int | None = None) -> tuple[list
         value = line.get(name)
         if place is not None:
             value = value[place] if isinstance(value, list) and place < len(value) else None
-        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST:
+        if _is_number(value):
             steps.append(line["step"])
             values.append(float(value))
     return steps, values
@@ -82,6 +82,20 @@ def column(lines: list[dict], name: str, place: int | None = None) -> tuple[list
 def depth(lines: list[dict], name: str) -> int:
     """The length of the longest list under `name`; 0 where there is none."""
     return max((len(line[name]) for line in lines if isinstance(line.get(name), list)), default=0)
+
+
+def table(line: dict, name: str) -> list[list[float]]:
+    """The rows of finite numbers, none of them empty and all of one length, under `name`; [] where that is not so."""
+    rows = line.get(name)
+    if not isinstance(rows, list) or not all(isinstance(row, list) and row for row in rows):
+        return []
+    if len({len(row) for row in rows}) > 1 or not all(_is_number(value) for row in rows for value in row):
+        return []
+    return [[float(value) for value in row] for row in rows]
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def _fields(path: Path) -> dict:

@@ -12,7 +12,7 @@ from research.data.pipeline import load_corpus
 from research.data.tokenizer import Tokenizer
 from research.errors import RequestError
 from research.interop.weights import read_weights, variables_of
-from research.model.balance import load_violation
+from research.model.balance import load_violation, relative_load
 from research.model.build import make_model
 from research.parallel.mesh import make_mesh
 from research.training.step import make_eval_step
@@ -24,8 +24,9 @@ def evaluate(eval_step, state, corpus, settings, batches: int | None = None, bar
     The average of the weights is evaluated where there is one. `loss`: nats a target; `bits_per_byte`: over all
     targets, end of text included, for the UTF-8 bytes of the documents (scaled from the part that was read);
     `mtp_accuracy`: share of targets that each depth's likeliest token hits, the text before them given: an upper
-    guide to, not a measure of, what drafting accepts; `load_violation`, of a model with experts: MaxVio of the loads of
-    all this text, averaged over layers (MaxVio_global of 2408.15664). bar: show on a terminal how far it is.
+    guide to, not a measure of, what drafting accepts. Where there are experts, `expert_load` (L, E) and
+    `mtp_expert_load` (M, E): each one's load over all of this text, relative to its layer's mean, and `load_violation`:
+    MaxVio of the former, averaged over layers (MaxVio_global of 2408.15664). bar: show on a terminal how far it is.
     """
     params = state["params"] if state["ema"] is None else state["ema"]
     sums = None
@@ -40,7 +41,18 @@ def evaluate(eval_step, state, corpus, settings, batches: int | None = None, bar
         "bits_per_byte": loss / math.log(2) * corpus.validation.targets / corpus.validation_bytes,
         "mtp_accuracy": (sums["mtp_hits"] / np.maximum(sums["mtp_targets"], 1)).tolist(),
         "targets": int(sums["targets"]),
-    } | ({} if sums["loads"] is None else {"load_violation": float(np.mean(load_violation(sums["loads"])))})
+        **expert_loads(sums["loads"]),
+    }
+
+
+def expert_loads(loads) -> dict:
+    """The fields of an evaluation's line, the loads in four digits: 16 experts take some 120 bytes a layer."""
+    if loads["layers"] is None:
+        return {}
+    rows = {"expert_load": loads["layers"], "mtp_expert_load": loads["mtp"]}
+    return {"load_violation": float(np.mean(load_violation(loads["layers"])))} | {
+        name: [np.asarray(relative_load(row), np.float64).round(4).tolist() for row in layers]
+        for name, layers in rows.items()}
 
 
 @environment.runnable()

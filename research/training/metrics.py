@@ -48,12 +48,15 @@ class MetricsLog:
         self._board = Board(workdir / "tensorboard", step + 1)
 
     def write(self, line: dict) -> None:
-        """Appends one line and its scalars; whole lines only, each handed to the system at once."""
+        """Appends one line and its scalars; whole lines only, each handed to the system at once.
+
+        Tables, as the loads of experts by layer, stay out of TensorBoard: V3's would be 15,000 scalars.
+        """
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         self._board.write(line["step"], {
             f"{line['split']}/{name}" + (f"/{number}" if isinstance(value, list) else ""): scalar
-            for name, value in line.items() if name not in ("step", "split")
+            for name, value in line.items() if name not in ("step", "split") and not is_table(value)
             for number, scalar in enumerate(value if isinstance(value, list) else [value], start=1)})
 
     def sync(self) -> None:
@@ -65,6 +68,11 @@ class MetricsLog:
             self._file.close()
         with contextlib.suppress(OSError):
             self._board.close()
+
+
+def is_table(value) -> bool:
+    """Whether a field of a line is a list of lists."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], list)
 
 
 class Board:

@@ -157,8 +157,8 @@ def make_train_step(model: Transformer, settings, loss=loss_of):
 
 
 def make_eval_step(model: Transformer, settings):
-    """(params, routing, batch) -> sums over the batch: nats, targets, loads (L, E) of the routed layers (None without
-    such), and hits and targets of each depth (M,)."""
+    """(params, routing, batch) -> sums over the batch: nats, targets, hits and targets of each depth (M,), and what
+    `loads_of` gives."""
     over = shardings_of(model, settings)
     # the weights come as they lie: trained ones, or their average, which is split further
     placing = {"in_shardings": (None, over.state["routing"], over.batch), "out_shardings": over.whole} if over else {}
@@ -172,7 +172,7 @@ def make_eval_step(model: Transformer, settings):
             targets_BT, mask_BT = mtp_targets(batch, k)
             hits.append(jnp.sum((jnp.argmax(logits, axis=-1) == targets_BT) & mask_BT))
             counts.append(jnp.sum(mask_BT))
-        return {"nats": nats, "targets": jnp.sum(batch["mask_BT"]), "loads": loads_of(out["routing"])["layers"],
-                "mtp_hits": jnp.array(hits, jnp.int32), "mtp_targets": jnp.array(counts, jnp.int32)}
+        return {"nats": nats, "targets": jnp.sum(batch["mask_BT"]), "mtp_hits": jnp.array(hits, jnp.int32),
+                "mtp_targets": jnp.array(counts, jnp.int32), "loads": loads_of(out["routing"])}
 
     return eval_step

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from research.model.balance import balance_loss, initial_bias, load_violation, update_bias
+from research.model.balance import balance_loss, initial_bias, load_violation, relative_load, update_bias
 from tests import tiny
 from tests.model import reference
 
@@ -67,6 +67,8 @@ def test_max_violation_by_hand():
     np.testing.assert_allclose(load_violation(np.array([[8, 2, 4, 2], [3, 3, 3, 3], [0, 0, 12, 0]], np.float32)),
                                [1.0, 0.0, 3.0])
     assert load_violation(np.zeros(4, np.float32)) == 0
+    np.testing.assert_allclose(relative_load(np.array([[8, 2, 4, 2], [0, 0, 12, 0], [0, 0, 0, 0]], np.float32)),
+                               [[2, 0.5, 1, 0.5], [0, 0, 4, 0], [0, 0, 0, 0]])
 
 
 def routed(seed=0, sharp=1.0):

@@ -91,6 +91,7 @@ def test_loss_and_bits_per_byte_by_hand(places, ask, monkeypatch):
     size = sum(len(text.encode()) for text in TEXTS)
     assert count == size + len(TEXTS)  # in this tokenizer a token is a byte; and the end of each text
     validation = found[0]["validation"]
+    assert set(validation) == {"loss", "bits_per_byte", "mtp_accuracy", "targets"}  # no experts, no loads
     assert validation["targets"] == count and found[0]["held_out_bytes"] == size
     assert validation["loss"] == pytest.approx(nats / count, rel=1e-5)
     assert validation["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)

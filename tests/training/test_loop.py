@@ -80,9 +80,14 @@ def test_what_a_run_leaves(peace):
     assert [line["tokens"] for line in train] == [4 * 32 * step for step in range(1, 13)]
     validation = runs.lines(workdir, "validation")
     assert [line["step"] for line in validation] == [6, 12]
-    assert all(set(line) == {"step", "split", "loss", "bits_per_byte", "mtp_accuracy", "targets",
-                             "load_violation"}
-               for line in validation)
+    assert all(set(line) == {"step", "split", "loss", "bits_per_byte", "mtp_accuracy", "targets", "load_violation",
+                             "expert_load", "mtp_expert_load"} for line in validation)
+    m = settings().model
+    for line in validation:
+        assert len(line["expert_load"]) == m.num_hidden_layers - m.first_k_dense_replace
+        assert len(line["mtp_expert_load"]) == settings().mtp.num_nextn_predict_layers
+        for load in (*line["expert_load"], *line["mtp_expert_load"]):
+            assert len(load) == m.n_routed_experts and sum(load) / len(load) == pytest.approx(1, abs=1e-3)
     record = json.loads((workdir / "environment.json").read_text())
     assert {"python", "packages", "device", "commit", "corpus_hash", "matmul_peak_flops"} <= set(record)
     assert (workdir / "samples.md").read_text().startswith("# Samples after step 12")

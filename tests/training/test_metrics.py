@@ -67,7 +67,7 @@ def test_nothing_changes_where_nothing_is_cut(tmp_path):
 
 def test_tensorboard_has_every_scalar_and_forgets_what_is_done_again(tmp_path):
     written(tmp_path, train_line(1), train_line(2))
-    written(tmp_path, train_line(2), after=1)
+    written(tmp_path, train_line(2) | {"expert_load": [[0.5, 1.5]]}, after=1)
     found = events(tmp_path)
     assert [event.file_version for event in found if event.file_version] == ["brain.Event:2"] * 2
     assert [event.step for event in found if event.HasField("session_log")] == [1, 2]  # purged from there on

@@ -157,7 +157,7 @@ def test_a_batch_of_padding_alone_is_finite_and_moves_no_bias():
 
 
 def test_evaluation_sums_by_counting():
-    """Nats, targets, the routed layers' loads, hits and targets of each depth; whole rows of padding add nothing."""
+    """Nats, targets, loads, hits and targets of each depth; whole rows of padding add nothing."""
     s, model, variables, _ = trained()
     eval_step = make_eval_step(model, s)
     exact, batch = in_float64(variables), tiny.batch(((7, 5), (4, 3, 3), (12,), ()))
@@ -175,10 +175,11 @@ def test_evaluation_sums_by_counting():
                     hits[k - 1] += np.argmax(row.mtp_logits[k - 1][i]) == batch["targets_BT"][b, j]
     assert sums["nats"] == pytest.approx(nats, rel=1e-5)
     assert int(sums["targets"]) == batch["mask_BT"].sum()
-    np.testing.assert_array_equal(sums["loads"], [sum(row.loads["layers", number] for row in rows)
-                                                  for number in range(len(sums["loads"]))])
     np.testing.assert_array_equal(sums["mtp_hits"], hits)
     np.testing.assert_array_equal(sums["mtp_targets"], counts)
+    for part, number in rows[0].loads:
+        load = sums["loads"]["layers"][number] if part == "layers" else sums["loads"]["mtp"][int(part[4:]) - 1]
+        np.testing.assert_array_equal(load, sum(row.loads[part, number] for row in rows))
 
 
 def test_without_experts_and_without_multi_token_modules():

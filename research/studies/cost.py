@@ -1,0 +1,82 @@
+"""What a model of V3's kind costs to train, by shape, mesh, GPU and price: the account's numbers as pictures."""
+
+import functools
+
+from research import plots
+from research.accounting import cost, flops, memory
+from research.accounting.parameters import count
+from research.accounting.statement import Terms, account
+from research.tables.runner import published
+from research.tables.v3_cost import analytic
+
+
+def published_stages() -> list:
+    """V3's Table 1: rows of the paper's figure and ours."""
+    return analytic()
+
+
+def bill(experiment: str, tokens: float, gpu: str, mfu: float, price: float, fields: tuple[str, ...] = ()) -> dict:
+    """The account of `experiments/NAME` with fields changed: `research.account`'s own nested object."""
+    settings = published(experiment, *fields)
+    return account(settings, experiment, Terms(gpu, price, mfu, None, tokens))
+
+
+def line(found: dict) -> str:
+    """The bill at one glance."""
+    p = found["parameters"]
+    return (f"{p['total'] / 1e9:,.1f}B parameters, {p['active'] / 1e9:,.1f}B active; "
+            f"{found['flops_per_token']['training_causal'] / 1e9:,.1f} GFLOP a token; "
+            f"{found['gpu_hours'] / 1e3:,.0f}K hours on {found['device']}, {found['dollars'] / 1e6:,.2f}M dollars")
+
+
+@functools.cache
+def shape(layers: int, experts: int, chosen: int) -> dict:
+    """Parameters and FLOPs a token of DeepSeek-V3 with so many layers and experts."""
+    settings = published("deepseek_v3", f"model.num_hidden_layers={layers}", f"model.n_routed_experts={experts}",
+                         f"model.num_experts_per_tok={chosen}")
+    counted = count(settings)
+    return {"total": counted["total"], "active": counted["active"],
+            "flops": flops.by_isca_rule(settings)["training_causal"]}
+
+
+def hours(flops_per_token: float, gpu: str, mfu: float, tokens: float) -> float:
+    """GPU hours: tokens x FLOPs a token / (peak x utilisation), in hours."""
+    speed = cost.tokens_per_second(flops_per_token, cost.GPUS[gpu].peak, mfu)
+    return cost.gpu_hours(tokens, speed)
+
+
+def draw_stages(axes, rows) -> None:
+    """Hours of each stage, the paper's and ours."""
+    chosen = [row for row in rows if row.unit == "thousand H800 hours"][:4]
+    plots.bars(axes, [row.what for row in chosen],
+               {"paper": [row.paper for row in chosen], "ours": [row.ours for row in chosen]}, "thousand H800 hours", 0)
+
+
+def draw_mesh(axes, meshes: dict[str, tuple[str, ...]], recipe: str) -> None:
+    """Gigabytes of a device by mesh: DeepSeek-V3, beside what an H800 has."""
+    totals = {}
+    for name, fields in meshes.items():
+        settings = published("deepseek_v3", *fields, f"precision.recipe={recipe}")
+        totals[name] = memory.of_device(settings, True)["total"] / 1e9
+    plots.bars(axes, list(totals), {recipe: list(totals.values())}, "GB a device (logarithmic; an H800 has 80)", 0,
+               log=True)
+    axes.axvline(80, color="black", linestyle="--", linewidth=1)
+
+
+def draw_sparsity(axes, gpu: str, mfu: float, tokens: float) -> None:
+    """Hours of training over the number of experts a token chooses of 256, and what a dense model of all would take."""
+    chosen = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    least, eight = (shape(61, 256, k)["flops"] for k in (1, 8))  # FLOPs are linear in the number of experts
+    spent = [hours(least + (k - 1) * (eight - least) / 7, gpu, mfu, tokens) / 1e6 for k in chosen]
+    axes.loglog(chosen, spent, color="black", marker="o", markerfacecolor="white", linewidth=1.1)
+    axes.axhline(spent[-1], color="black", linestyle=":", linewidth=1)
+    for k, value in zip(chosen, spent, strict=True):
+        if k in (8, 256):
+            axes.annotate(f"{k} of 256: {value:,.1f}M hours", (k, value), (8 if k == 8 else -8, -4 if k == 8 else 5),
+                          textcoords="offset points", ha="left" if k == 8 else "right")
+    axes.set_xticks(chosen, [str(k) for k in chosen])
+    axes.set_yticks([2, 5, 10, 20, 50], ["2", "5", "10", "20", "50"])
+    axes.minorticks_off()
+    axes.set_xlabel("experts that a token chooses, of 256")
+    axes.set_ylabel(f"million {gpu} hours")
+    axes.set_xlim(0.9, 2 * chosen[-1])

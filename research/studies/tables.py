@@ -1,0 +1,33 @@
+"""The tables of results/, read: how many of a paper's figures come out as printed."""
+
+import json
+import re
+from pathlib import Path
+
+from research import plots
+
+
+def read(folder: str) -> dict[str, dict]:
+    """{name: what `research.tables` wrote} of every table in the folder, in alphabetical order."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))}
+    return {name: table for name, table in found.items() if table.get("table") == name}
+
+
+def agreement(rows: list[dict]) -> tuple[int, int]:
+    """(equal to the printed digit, compared at all) of one scale's rows."""
+    compared = [row["difference"] for row in rows if row["difference"]]
+    return compared.count("equal"), len(compared)
+
+
+def page(folder: str, name: str) -> str:
+    """A table's page as it stands in the folder, without its picture."""
+    return re.sub(r"^!\[.*\n?", "", (Path(folder) / f"{name}.md").read_text(), flags=re.MULTILINE)
+
+
+def draw_agreement(axes, every: dict[str, dict]) -> None:
+    """Figures of each table and scale: those that can be compared, and those of them that are equal."""
+    counted = {f"{name} ({scale})": agreement(rows) for name, found in every.items()
+               for scale, rows in found["rows"].items()}
+    plots.bars(axes, list(counted), {"can be compared": [compared for _, compared in counted.values()],
+                                     "equal to the printed digit": [equal for equal, _ in counted.values()]},
+               "figures", 0)

@@ -12,13 +12,20 @@ def count(indices_BTK, valid_BT, n_experts: int):
         jnp.broadcast_to(valid_BT[..., None], (B, T, K)).astype(jnp.float32))
 
 
-def balance_loss(affinity_BTE, indices_BTK, valid_BT, config):
+def here(function, *arrays):
+    """As `Products.on_own_rows` on one device."""
+    return function(*arrays)
+
+
+def balance_loss(affinity_BTE, indices_BTK, valid_BT, config, on_own_rows=here):
     """The auxiliary loss of one layer, alpha included; alpha exactly for a uniform router. Returns a float32 scalar.
 
     sequence: V3 Eq. 17-20, a sequence is one row without its padding: f counts the K best unbiased affinities, P is
         the mean of affinities normalised over experts; the mean over rows of sum_i f_i P_i.
     batch: the same with f and P over all rows (V3 §4.5.3).
     expert: V2 Eq. 23-25: f counts the experts really chosen, P is the mean affinity; a sequence is one row.
+
+    on_own_rows: how each device of a mesh chooses for its own rows.
     """
     if config.balance_loss == "none" or config.aux_loss_alpha == 0:
         return jnp.zeros((), jnp.float32)
@@ -26,7 +33,7 @@ def balance_loss(affinity_BTE, indices_BTK, valid_BT, config):
     if config.balance_loss == "expert":
         counted_BTK, p_BTE = indices_BTK, affinity_BTE
     else:
-        counted_BTK = jax.lax.top_k(jax.lax.stop_gradient(affinity_BTE), K)[1]
+        counted_BTK = on_own_rows(lambda x_BTE: jax.lax.top_k(x_BTE, K)[1], jax.lax.stop_gradient(affinity_BTE))
         p_BTE = affinity_BTE / jnp.sum(affinity_BTE, axis=-1, keepdims=True)
     f_BE = count(counted_BTK, valid_BT, E)
     p_BE = jnp.sum(jnp.where(valid_BT[..., None], p_BTE, 0), axis=1)

@@ -45,6 +45,7 @@ class Gate(nn.Module):
     """Affinities in float32 and the choice of experts; its bias is state (`routing`), not a parameter."""
 
     config: Any
+    products: Products
 
     @nn.compact
     def __call__(self, x_XD):
@@ -57,7 +58,7 @@ class Gate(nn.Module):
         if c.topk_method == "noaux_tc":
             bias_E = self.variable("routing", "e_score_correction_bias", jnp.full, (c.n_routed_experts,),
                                    initial_bias(c), jnp.float32).value
-        indices_XK = choose_experts(affinity_XE, bias_E, c)
+        indices_XK = self.products.on_own_rows(lambda x_XE: choose_experts(x_XE, bias_E, c), affinity_XE)
         return affinity_XE, indices_XK, gate_weights(affinity_XE, indices_XK, c)
 
 
@@ -73,7 +74,7 @@ class MixtureOfExperts(nn.Module):
         B, T, D = x_BTD.shape
         E, F = c.n_routed_experts, c.moe_intermediate_size
         x_XD = x_BTD.reshape(B * T, D)
-        affinity_XE, indices_XK, weights_XK = Gate(c, name="gate")(x_XD)
+        affinity_XE, indices_XK, weights_XK = Gate(c, self.products, name="gate")(x_XD)
         init = nn.initializers.normal(c.initializer_range)
         y_XD = self.products.experts(
             x_XD,
@@ -91,5 +92,5 @@ class MixtureOfExperts(nn.Module):
             "indices": indices_BTK,
             "affinity": affinity_BTE,
             "loads": jnp.sum(count(indices_BTK, valid_BT, E), axis=0),
-            "balance_loss": balance_loss(affinity_BTE, indices_BTK, valid_BT, c),
+            "balance_loss": balance_loss(affinity_BTE, indices_BTK, valid_BT, c, self.products.on_own_rows),
         }

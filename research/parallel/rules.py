@@ -78,6 +78,17 @@ def shardings(mesh: Mesh, state) -> Shardings:
                      NamedSharding(mesh, P()))
 
 
+def on_own_rows(mesh: Mesh | None, function, *arrays):
+    """function(*arrays) of arrays whose first dimension is the batch, each device for its own rows, without gradient.
+
+    For what XLA does not split by itself: it gathers the whole batch for `top_k`.
+    """
+    if mesh is None:
+        return function(*arrays)
+    return jax.shard_map(function, mesh=mesh, in_specs=P(BATCH), out_specs=P(BATCH),
+                         check_vma=False)(*map(jax.lax.stop_gradient, arrays))
+
+
 def placed(mesh: Mesh | None, x):
     """An activation whose first dimension is the batch, split over the devices that share it; whole in all others."""
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH)))

@@ -11,7 +11,7 @@ from kernels.experts import experts
 from kernels.weight_only import Narrow
 from kernels.weight_only import product as narrow_product
 from research.parallel.experts import over_mesh
-from research.parallel.rules import placed
+from research.parallel.rules import on_own_rows, placed
 from research.precision.experts import swiglu
 from research.precision.matmul import linear, matmul
 from research.precision.recipe import Format, Recipe
@@ -62,6 +62,10 @@ class Products:
     def placed(self, x):
         """x (B, ...) where the mesh has it, see `parallel.rules`; x itself on one device."""
         return placed(self.mesh, x)
+
+    def on_own_rows(self, function, *arrays):
+        """See `parallel.rules`."""
+        return on_own_rows(self.mesh, function, *arrays)
 
     def linear(self, x, w_DF, name: str, histories):
         """x (..., D) times w_DF, in the dtype of activations. name: the projection's; histories: of `matmul.linear`."""

@@ -74,6 +74,7 @@ def test_experts_stay_where_they_are(found):
     assert gathers_of_experts(found["fsdp"]["program"]) > 0
     assert gathers_of_experts(found["expert"]["program"]) == 0
     assert gathers_of_experts(found["tensor and expert"]["program"]) == 0
+    assert " all-gather(" not in found["expert"]["program"]  # nor affinities, for the choice of experts
     assert "shard_map/all_to_all" in found["expert"]["program"]
     assert "shard_map/all_to_all" not in found["fsdp"]["program"]
 

@@ -25,7 +25,7 @@ def found():
     """{mesh: what `meshes.run` says}, of one process with eight simulated devices."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-m", "tests.parallel.meshes"], cwd=ROOT, env=environment,
-                          capture_output=True, text=True, timeout=600)
+                          capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

@@ -109,6 +109,9 @@ def _model(groups: dict, name: str) -> config.Settings:
         if found.training.batch_ramp_start:
             raise RequestError.field("training.batch_ramp_start", found.training.batch_ramp_start,
                                      "must be 0: batches of examples do not grow")
+        for axis, size in found.mesh.items():
+            if size != 1:
+                raise RequestError.field(f"mesh.{axis}", size, "must be 1: distillation runs on one device")
     return found
 
 

@@ -107,7 +107,7 @@ def unfit(function, call) -> list[str]:
 
 
 def test_there_are_notebooks():
-    assert {"quickstart", "cost", "mla", "paper_tables"} <= {path.stem for path in PATHS}
+    assert {"cost", "mla", "paper_tables", "routing"} <= {path.stem for path in PATHS}
 
 
 def test_imports_and_calls_exist(notebook):

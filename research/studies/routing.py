@@ -13,6 +13,7 @@ from research.interop.weights import checked_weights
 from research.model.balance import load_violation, relative_load, update_bias
 from research.model.moe import choose_experts
 from research.reporting.run import column
+from research.tables.runner import published
 from research.training.step import apply_model
 
 KINDS = ("keyword", "name", "number", "operator", "bracket", "quote", "space", "other")
@@ -82,13 +83,13 @@ def in_colour(texts: list[str], experts: list[int]) -> str:
             + "".join(spans) + "</pre>")
 
 
-def replay(affinity_XE, config, speed: float, steps: int = 300, batch: int = 512, seed: int = 0) -> dict:
-    """Only the bias moves: the same affinities, batch after batch, and the paper's update with this gamma.
+def replay(affinity_XE, speed: float, steps: int = 200, batch: int = 512, seed: int = 0) -> dict:
+    """Only the bias moves: the same affinities, batch after batch, and V3's update with this gamma (smoke's 4 experts).
 
     Starts at a bias of 0. {`violation`: MaxVio of each step's batch, `load`: relative, of the last step, `bias`}.
     """
     rng = np.random.default_rng(seed)
-    E = affinity_XE.shape[1]
+    E, config = affinity_XE.shape[1], published("balance:bias:smoke").model
     choose = jax.jit(lambda affinity, bias: choose_experts(affinity, bias, config))
     move = jax.jit(lambda bias, loads: (update_bias(bias, loads, config, speed), load_violation(loads)))
     bias, violations, loads = np.zeros(E, np.float32), [], np.zeros(E)

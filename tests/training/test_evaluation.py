@@ -11,8 +11,9 @@ import pytest
 import tokenizers
 from absl.testing import flagsaver
 
-from research import command, main, score, summary
+from research import command, main, summary
 from research.data.tokenizer import BOS, EOS, Tokenizer, _bytes
+from research.interop import scoring
 from research.interop.weights import checked_weights
 from tests.interop.test_huggingface import GOLDEN
 
@@ -75,7 +76,7 @@ def nats_by_hand(folder: Path) -> tuple[float, int]:
     inputs = np.zeros((len(pieces), LENGTH), np.int32)
     for place, piece in enumerate(pieces):
         inputs[place, :len(piece) - 1] = piece[:-1]
-    logits_BTV = score.logits(settings, variables, inputs)["logits"].astype(np.float64)
+    logits_BTV = scoring.logits(settings, variables, inputs)["logits"].astype(np.float64)
     nats = [math.log(sum(math.exp(x) for x in logits_BTV[b, t])) - logits_BTV[b, t, target]
             for b, piece in enumerate(pieces) for t, target in enumerate(piece[1:])]
     return sum(nats), len(nats)

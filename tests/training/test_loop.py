@@ -185,7 +185,8 @@ def test_the_average_is_evaluated_and_writes_the_samples(peace, monkeypatch):
 
     def eval_step(params, routing, batch):
         seen.append(params)
-        return {"nats": 1.0, "targets": 1, "loads": np.array([[1.0, 3], [2, 2]]), "mtp_hits": [0], "mtp_targets": [1]}
+        return {"nats": 1.0, "targets": 1,
+                "loads": {"layers": np.array([[1.0, 3], [2, 2]]), "mtp": []}, "mtp_hits": [0], "mtp_targets": [1]}
 
     class Recorder:
         def __init__(self, model, variables):

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from research import account, command
+from research import account
 from research.accounting import cost
+from tests.commands import exit_code
 from tests.training import runs
 
 V3 = "--config=experiments/deepseek_v3.py"
@@ -19,13 +20,7 @@ def in_the_repository(monkeypatch):
 
 
 def run(capsys, *words: str) -> tuple[int, str, str]:
-    account.FLAGS.unparse_flags()
-    account.FLAGS["config."].value = []
-    for name in ("config", "gpu", "price_per_hour", "mfu", "tokens_per_second", "tokens"):
-        account.FLAGS[name].value = None
-    account.FLAGS["format"].value = "text"
-    code = command.execute(account.main, ["account", *words], account.FLAGS)
-    return code, *capsys.readouterr()
+    return exit_code(account, *words), *capsys.readouterr()
 
 
 @pytest.fixture

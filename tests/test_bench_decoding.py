@@ -6,13 +6,13 @@ import sys
 import jax
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 
-from research import bench, bench_acceptance, bench_context, bench_decoding, command
+from research import bench, bench_acceptance, bench_context, bench_decoding
 from research.data.tokenizer import Tokenizer, _bytes
 from research.decoding.generate import Decoder
 from research.training.checkpoint import Checkpoints
 from tests import tiny
+from tests.commands import exit_code
 
 PEER = """
 import importlib.util, json, sys, time
@@ -32,12 +32,7 @@ peer.serve(step, {"name": "stub", "parameters": 1}, told["tokens"])
 
 def run(*arguments):
     """The command's exit code."""
-    with flagsaver.flagsaver():
-        saved = flagsaver.save_flag_values(bench_decoding.FLAGS)
-        try:
-            return command.execute(bench_decoding.main, ["research.bench_decoding", *arguments], bench_decoding.FLAGS)
-        finally:
-            flagsaver.restore_flag_values(saved, bench_decoding.FLAGS)
+    return exit_code(bench_decoding, *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 
 from experiments import base
 from research import bench_precision as bench
-from research import command, config
+from research import config
+from tests.commands import exit_code
 
 SMOKE = "--config=experiments/nano.py:smoke"
 LAYER = bench.Layer(256, 2, 128, 128)
@@ -18,12 +18,7 @@ LAYER = bench.Layer(256, 2, 128, 128)
 
 def run(*arguments):
     """The command's exit code."""
-    with flagsaver.flagsaver():
-        saved = flagsaver.save_flag_values(bench.FLAGS)
-        try:
-            return command.execute(bench.main, ["research.bench_precision", *arguments], bench.FLAGS)
-        finally:
-            flagsaver.restore_flag_values(saved, bench.FLAGS)
+    return exit_code(bench, *arguments)
 
 
 @pytest.mark.parametrize("arguments, answer", [

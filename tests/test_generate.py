@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from research import command, generate
+from research import generate
 from research.data.tokenizer import Tokenizer, _bytes
 from research.decoding.generate import Decoder
 from research.interop.weights import checked_weights
+from tests.commands import exit_code
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -48,13 +49,7 @@ LOADED = functools.cache(generate.load)
 
 def call(capsys, *words: str, code: int = 0):
     """(stdout, stderr) of the command with these flags, which are as before afterwards."""
-    try:
-        assert command.execute(generate.main, ["generate", *words], generate.FLAGS) == code
-    finally:
-        generate.FLAGS.unparse_flags()
-        for name in generate.FLAGS:
-            flag = generate.FLAGS[name]
-            flag.value, flag.present = flag.default, 0
+    assert exit_code(generate, *words) == code
     said = capsys.readouterr()
     return said.out, said.err
 

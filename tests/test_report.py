@@ -7,12 +7,13 @@ import re
 import pytest
 
 from experiments import nano
-from research import command, config, report
+from research import config, report
 from research.files import write_whole
 from research.reporting import figures, run
 from research.training.checkpoint import Checkpoints
 from research.training.metrics import MetricsLog
 from research.training.samples import fenced
+from tests.commands import exit_code
 
 HOSTILE = "</pre><script>alert('1')</script>&amp;<img src=x onerror=alert(1)>\n```\n\x1b[0m\ttab \"quoted\" \u202e\n"
 TAGS = {"p", "strong", "h1", "h2", "h3", "pre", "dl", "div", "dt", "dd", "section", "header", "main", "figure",
@@ -86,9 +87,7 @@ def workdir(path, steps: int = 4, whole: bool = True):
 
 
 def make(*words: str) -> int:
-    report.FLAGS.unparse_flags()
-    report.FLAGS["workdir"].value = None
-    return command.execute(report.main, ["report", *words], report.FLAGS)
+    return exit_code(report, *words)
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from absl import flags as flags_module
 from absl import logging as absl_logging
-from absl.testing import flagsaver
 
 from research import command, main
 from research.training import loop
+from tests.commands import exit_code
 from tests.training import runs
 
 SMOKE = "--config=experiments/nano.py:smoke"
@@ -264,11 +264,7 @@ def ask(places, capsys, monkeypatch):
         argv = [part for word in words for part in fill(word, places).split("\n")]
         if any(word.startswith("--config=") for word in argv) and "--config.data.cache" not in " ".join(argv):
             argv.append(f"--config.data.cache={places['cache']}/data")
-        saved = flagsaver.save_flag_values(main.FLAGS)
-        try:
-            code = command.execute(main.main, ["research/main.py", *argv], main.FLAGS)
-        finally:
-            flagsaver.restore_flag_values(saved, main.FLAGS)
+        code = exit_code(main, *argv)
         out, err = capsys.readouterr()
         return code, out, err
 

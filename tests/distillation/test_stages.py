@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from experiments import base
-from research import command, distill, experiment
+from research import distill, experiment
 from research.command import Stopped
 from research.distillation import reinforce, sample, stages
 from research.distillation.settings import check
 from research.distillation.template import final_answer
 from research.errors import RequestError
+from tests.commands import exit_code
 from tests.training import runs
 
 TINY = {f"{name}.{field}": value for name in ("teacher", "student") for field, value in {
@@ -68,7 +69,7 @@ def cache(tmp_path_factory):
 def whole(tmp_path_factory, cache):
     """(workdir, what was said) of all stages."""
     workdir = tmp_path_factory.mktemp("pipeline") / "run"
-    return workdir, run(workdir, *stages.STAGES)
+    return workdir, run(workdir, *distill.STAGES)
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def test_what_is_done_is_not_done_again(whole, copy, monkeypatch):
     before = files(copy)
     for name in ("loop.train", "Decoder.generate"):
         monkeypatch.setattr(f"research.distillation.stages.{name}", None)
-    run(copy, *stages.STAGES)
+    run(copy, *distill.STAGES)
     after = files(copy)
     assert before.keys() == after.keys()
     assert [name for name in before if before[name] != after[name]] in ([], ["report.md"])
@@ -208,12 +209,7 @@ def test_users_problems_need_their_fields_and_solutions(tmp_path):
 ])
 def test_a_wrong_command_is_answered_with_one_line(words, message, capsys, monkeypatch):
     monkeypatch.chdir(runs.ROOT)
-    try:
-        assert command.execute(distill.main, ["distill", *words], distill.FLAGS) == 2
-    finally:
-        distill.FLAGS.unparse_flags()
-        for name in distill.FLAGS:
-            distill.FLAGS[name].value, distill.FLAGS[name].present = distill.FLAGS[name].default, 0
+    assert exit_code(distill, *words) == 2
     out, err = capsys.readouterr()
     assert not out and err.count("\n") == 1 and message in err and not (runs.ROOT / "d").exists()
 

@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from research import command, config, convert, main
+from research import config, convert, main
 from research.data.tokenizer import Tokenizer, _bytes
 from research.errors import RequestError
 from research.interop import blocks, shards, transfer
@@ -28,6 +28,7 @@ from research.model.build import make_model
 from research.training import evaluation
 from research.training.checkpoint import Checkpoints, damage
 from research.tree import paths
+from tests.commands import exit_code
 from tests.interop.test_blocks import Q_A, changed, nan
 from tests.interop.test_huggingface import FOLDERS, GOLDEN, copy, in_their_names, random_model, weights, write
 from tests.interop.test_score import workdir
@@ -281,12 +282,7 @@ def test_a_damaged_folder(damaged, expected, tmp_path):
 
 def call(*words):
     """Exit code of the command in this process."""
-    try:
-        return command.execute(convert.main, ["convert", *map(str, words)], convert.FLAGS)
-    finally:
-        convert.FLAGS.unparse_flags()
-        for name in convert.FLAGS:
-            convert.FLAGS[name].value, convert.FLAGS[name].present = convert.FLAGS[name].default, 0
+    return exit_code(convert, *words)
 
 
 @pytest.mark.parametrize("words, expected", [
@@ -340,12 +336,7 @@ def test_a_head_of_its_own_begins_as_the_embedding():
 
 def evaluated(*words):
     """Exit code of `research.main --mode=eval` in this process."""
-    try:
-        return command.execute(main.main, ["main", "--mode=eval", "--config.data.source=files", *words], main.FLAGS)
-    finally:
-        main.FLAGS.unparse_flags()
-        for name in main.FLAGS:
-            main.FLAGS[name].value, main.FLAGS[name].present = main.FLAGS[name].default, 0
+    return exit_code(main, "--mode=eval", "--config.data.source=files", *words)
 
 
 def test_both_kinds_are_evaluated_on_given_text(tmp_path, capsys, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from research import command, harness
+from research import harness
 from research.data.tokenizer import Tokenizer, _bytes
 from research.decoding.generate import Decoder
 from research.decoding.sampling import Sampling
@@ -17,6 +17,7 @@ from research.errors import RequestError
 from research.interop import evaluator as module
 from research.interop.evaluator import Evaluator, read_arguments, windows
 from research.interop.weights import checked_weights
+from tests.commands import exit_code
 from tests.interop.test_huggingface import GOLDEN
 
 CASES = json.loads((GOLDEN / "lm_eval.json").read_text())
@@ -191,12 +192,7 @@ def test_the_model_hands_each_request_on_and_each_answer_to_the_cache(monkeypatc
 ])
 def test_wrong_requests_are_one_line(words, pattern, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as where it is not installed
-    try:
-        assert command.execute(harness.main, ["harness", *words], harness.FLAGS) == 2
-    finally:
-        harness.FLAGS.unparse_flags()
-        for name in harness.FLAGS:
-            harness.FLAGS[name].value, harness.FLAGS[name].present = harness.FLAGS[name].default, 0
+    assert exit_code(harness, *words) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert re.match(f"error: {pattern}", said)

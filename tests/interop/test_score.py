@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from ml_collections import FrozenConfigDict
 
-from research import command
 from research import score as main
 from research.errors import RequestError, RunError
 from research.interop import scoring as module
 from research.interop.scoring import score
 from research.training.checkpoint import Checkpoints
+from tests.commands import exit_code
 from tests.interop.test_huggingface import GOLDEN, in_their_names, random_model, write
 
 V3 = GOLDEN / "deepseek_v3_tiny"
@@ -244,11 +244,6 @@ def test_the_command(tmp_path):
 def test_wrong_flags(change, expected, tmp_path, capsys):
     flags = [f"--checkpoint={V3}", f"--tokens={tokens(tmp_path, 1, 4)}", f"--output={tmp_path / 'out.npz'}"]
     flags = flags[change] if isinstance(change, slice) else flags + change
-    try:
-        assert command.execute(main.main, ["score", *flags], main.FLAGS) == 2
-    finally:
-        main.FLAGS.unparse_flags()
-        for name in main.FLAGS:
-            main.FLAGS[name].value, main.FLAGS[name].present = main.FLAGS[name].default, 0
+    assert exit_code(main, *flags) == 2
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1 and not (tmp_path / "out.npz").exists()

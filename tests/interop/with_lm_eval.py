@@ -8,9 +8,10 @@ import lm_eval
 import pytest
 from lm_eval.api.registry import get_model
 
-from research import command, harness
+from research import harness
 from research.data.tokenizer import Tokenizer, _bytes
 from research.interop.lm_eval import ParsimonyLM
+from tests.commands import exit_code
 from tests.interop.test_evaluator import GOLDEN
 
 CHOICES = """
@@ -67,12 +68,7 @@ def folders(tmp_path_factory):
 
 
 def call(capsys, *words, code=0):
-    try:
-        assert command.execute(harness.main, ["harness", *words], harness.FLAGS) == code
-    finally:
-        harness.FLAGS.unparse_flags()
-        for name in harness.FLAGS:
-            harness.FLAGS[name].value, harness.FLAGS[name].present = harness.FLAGS[name].default, 0
+    assert exit_code(harness, *words) == code
     said = capsys.readouterr()
     return said.out, said.err
 

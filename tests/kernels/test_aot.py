@@ -8,10 +8,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
-from absl.testing import flagsaver
 from jax.experimental import topologies
 
-from kernels import aot, command, operations, record
+from kernels import aot, operations, record
+from tests.commands import exit_code
 
 SAID = """ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function 'body_mosaic_gpu_kernel' for 'sm_90a'
@@ -67,12 +67,7 @@ def compiler(monkeypatch, tmp_path):
 
 
 def run(*arguments):
-    with flagsaver.flagsaver():
-        saved = flagsaver.save_flag_values(aot.FLAGS)
-        try:
-            return command.execute(aot.main, ["kernels.aot", *arguments], aot.FLAGS)
-        finally:
-            flagsaver.restore_flag_values(saved, aot.FLAGS)
+    return exit_code(aot, *arguments)
 
 
 @pytest.mark.parametrize("arguments, answer", [

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 
-from kernels import bench, bench_peer, command, comparison, operations, results, timing, tuned
+from kernels import bench, bench_peer, comparison, operations, results, timing, tuned
 from kernels.command import RunError
+from tests.commands import exit_code
 
 
 class Shape(NamedTuple):
@@ -92,12 +92,7 @@ def machine(only_add, monkeypatch):
 
 def run(*arguments):
     """The command's exit code."""
-    with flagsaver.flagsaver():
-        saved = flagsaver.save_flag_values(bench.FLAGS)
-        try:
-            return command.execute(bench.main, ["kernels.bench", *arguments], bench.FLAGS)
-        finally:
-            flagsaver.restore_flag_values(saved, bench.FLAGS)
+    return exit_code(bench, *arguments)
 
 
 def compared(machine, path=None, search=False, shape=ADD.shapes[0], operation=ADD):

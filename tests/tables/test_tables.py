@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from research import command
 from research.errors import RequestError
 from research.tables import __main__ as main
 from research.tables import fp8_storage, runner, v3_bubbles
+from tests.commands import exit_code
 
 PNG = b"\x89PNG"
 OFF = {  # figures that do not come out as they are printed: ours, and that the notes say why
@@ -24,11 +24,7 @@ OFF = {  # figures that do not come out as they are printed: ours, and that the 
 
 
 def run(*words: str) -> int:
-    main.FLAGS.unparse_flags()
-    for name, value in (("table", None), ("scale", "analytic"), ("folder", None), ("sizes", None), ("seeds", None),
-                        ("runs", "runs/tables"), ("config.", [])):
-        main.FLAGS[name].value = value
-    return command.execute(main.main, ["tables", *words], main.FLAGS)
+    return exit_code(main, *words)
 
 
 @pytest.fixture(scope="module")

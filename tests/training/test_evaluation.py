@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from absl.testing import flagsaver
 
-from research import command, main, summary
+from research import main, summary
 from research.data.tokenizer import BOS, EOS, Tokenizer, _bytes
 from research.interop import scoring
 from research.interop.weights import checked_weights
+from tests.commands import exit_code
 from tests.interop.test_huggingface import GOLDEN
 
 LENGTH = 48
@@ -43,12 +43,8 @@ def places(tmp_path_factory):
 @pytest.fixture
 def ask(places, capsys):
     def call(*words):
-        saved = flagsaver.save_flag_values(main.FLAGS)
-        try:
-            code = command.execute(main.main, ["main", "--mode=eval", f"--config.data.cache={places['cache']}",
-                                               *(word.format(**places) for word in words)], main.FLAGS)
-        finally:
-            flagsaver.restore_flag_values(saved, main.FLAGS)
+        code = exit_code(main, "--mode=eval", f"--config.data.cache={places['cache']}",
+                         *(word.format(**places) for word in words))
         said = capsys.readouterr()
         return code, said.out, said.err
 

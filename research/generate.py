@@ -174,12 +174,11 @@ def load(folder: Path, recipe: str | None, cache_dtype: str | None, weights: str
     if settings.model.vocab_size < tokenizer.vocab_size:
         raise RequestError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
                            f"{settings.model.vocab_size}")
-    first = [tokenizer.bos_id] if tokenizer.begins_with_bos else []
     try:
         storage(model, weights)
     except ValueError as error:
         raise RequestError(f"--{error}") from None
-    return Decoder(model, variables, recipe, cache_dtype, weights), tokenizer, first
+    return Decoder(model, variables, recipe, cache_dtype, weights), tokenizer, tokenizer.start_ids
 
 
 def report(result) -> str:

@@ -15,9 +15,8 @@ from research.model.build import make_model
 from research.training.step import abstract_state, make_train_step
 from tests.training import runs
 
-PIPELINES = {"distill.py", "r1_evaluate.py"}  # configs of research.distill: tests/distillation/test_settings.py
 FILES = sorted(path.relative_to(runs.ROOT).as_posix() for path in (runs.ROOT / "experiments").glob("[!_]*.py")
-               if path.name not in PIPELINES | {"base.py"})
+               if path.stem not in runs.PIPELINES | {"base"})
 
 
 def arms_of(file: str) -> list[str]:

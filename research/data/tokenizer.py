@@ -86,6 +86,11 @@ class Tokenizer:
         identity = json.dumps([definition, self._config])
         self.hash = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 
+    @property
+    def start_ids(self) -> list[int]:
+        """The ids that a text begins with which a model is to continue."""
+        return [self.bos_id] if self.begins_with_bos else []
+
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
         """From a tokenizer.json or a folder with one, and the tokenizer_config.json beside it if there is one.

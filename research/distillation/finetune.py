@@ -3,9 +3,10 @@
 A batch has the shape that `data.packing` gives and `training.step` reads; attention stays within an example.
 """
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,11 +31,7 @@ class Examples:
     def __init__(self, pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer, settings: Any):
         """pairs: (prompt, response); which are held out is decided by the prompt alone. Raises RequestError."""
         fraction, length = settings.data.validation_fraction, settings.data.sequence_length
-        aside = held_out_of([prompt for prompt, _ in pairs], fraction)
-        train, held_out = ([pair for pair in pairs if (pair[0] in aside) is side] for side in (False, True))
-        if not (train and held_out):
-            raise RequestError.field("data.validation_fraction", fraction, f"leaves {len(train)} of {len(pairs)} "
-                                     f"examples to learn from and {len(held_out)} held out: both need one")
+        train, held_out = parted(pairs, lambda pair: pair[0], fraction, "examples")
         self.tokenizer, self.kept = tokenizer, {}
         self.rows, self._held_out = (Rows(part, tokenizer, sequence_length=length, seed=settings.training.seed)
                                      for part in (train, held_out))
@@ -74,6 +71,22 @@ def held_out_of(prompts: Sequence[str], fraction: float) -> set[str]:
     return {prompt for prompt, place in places.items() if place < fraction or place == least}
 
 
+def parted(items: Sequence, text_of: Callable[[Any], str], fraction: float, what: str) -> tuple[list, list]:
+    """(items to learn from, items held out), see `held_out_of`; RequestError where either has none."""
+    aside = held_out_of([text_of(item) for item in items], fraction)
+    train, held_out = ([item for item in items if (text_of(item) in aside) is side] for side in (False, True))
+    if not (train and held_out):
+        raise RequestError.field("data.validation_fraction", fraction, f"leaves {len(train)} of {len(items)} {what} to "
+                                 f"learn from and {len(held_out)} held out: both need one")
+    return train, held_out
+
+
+def in_turn(order: Callable[[int], np.ndarray], count: int, places: range) -> list[int]:
+    """Which of `count` things stand at these places of an endless row of epochs; order: of an epoch's places."""
+    epochs = {epoch: order(epoch) for epoch in sorted({place // count for place in places})}
+    return [int(epochs[place // count][place % count]) for place in places]
+
+
 class Batches:
     """Batches by their step, as `data.pipeline.TrainBatches` gives them: each is made when it is asked for."""
 
@@ -111,12 +124,11 @@ class Rows:
     def __init__(self, pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer, *, sequence_length: int, seed: int):
         """pairs: (prompt, response) texts. An example is `bos prompt response eos`, bos where the tokenizer's texts
         begin with it. Raises RequestError where no example fits."""
-        first = [tokenizer.bos_id] if tokenizer.begins_with_bos else []
         self._length, self._pad, self._seed = sequence_length, tokenizer.pad_id, seed
         self._examples = []  # (tokens, how many of them are the prompt's)
         self.too_long = 0
         for prompt, response in pairs:
-            before = [*first, *tokenizer.encode(prompt).tolist()]
+            before = [*tokenizer.start_ids, *tokenizer.encode(prompt).tolist()]
             tokens = [*before, *tokenizer.encode(response).tolist(), tokenizer.eos_id]
             if len(tokens) > sequence_length + 1:  # the last token is a target alone
                 self.too_long += 1
@@ -129,6 +141,7 @@ class Rows:
         if self.too_long:
             logging.warning("%d of %d examples are longer than config.data.sequence_length=%d and left out",
                             self.too_long, len(pairs), sequence_length)
+        self._order = functools.lru_cache(maxsize=4)(self._make_order)
         self._rows = self._packed()
         self.rows = len(self._rows)
         self.targets = sum(len(tokens) - prompt for tokens, prompt in self._examples)
@@ -139,8 +152,7 @@ class Rows:
 
     def numbers(self, step: int, size: int) -> list[int]:
         """Which rows step `step` reads."""
-        places = np.arange((step - 1) * size, step * size)
-        return [int(self._order(int(place) // self.rows)[place % self.rows]) for place in places]
+        return in_turn(self._order, self.rows, range((step - 1) * size, step * size))
 
     def of(self, numbers: Sequence[int]) -> Batch:
         """A batch of these rows; beyond the last they are empty.
@@ -182,6 +194,6 @@ class Rows:
             with_room.setdefault(room - size, []).append(row)
         return rows
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def _make_order(self, epoch: int) -> np.ndarray:
         random = np.random.Philox(key=np.array([self._seed % 2**64, epoch], np.uint64)).random_raw(self.rows)
         return np.argsort(random, kind="stable")

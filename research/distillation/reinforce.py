@@ -20,7 +20,7 @@ from research.data.tokenizer import Tokenizer
 from research.decoding.generate import Decoder, check_request
 from research.decoding.sampling import Sampling
 from research.distillation import grpo
-from research.distillation.finetune import Batches, held_out_of
+from research.distillation.finetune import Batches, in_turn, parted
 from research.distillation.tasks import Problem
 from research.distillation.template import Template, final_answer, well_formed
 from research.distillation.verify import Checker
@@ -44,16 +44,11 @@ class Rollouts:
                  reinforcement: Any, settings: Any):
         """settings: of the model, see `settings_of`; reinforcement: the config's group. Raises RequestError."""
         self.tokenizer, self.checker, self.config, self.settings = tokenizer, checker, reinforcement, settings
-        first = [tokenizer.bos_id] if tokenizer.begins_with_bos else []
-        self.prompts = {problem.digest: [*first, *tokenizer.encode(template.prompt(problem.question)).tolist()]
-                        for problem in problems}
-        aside = held_out_of([problem.question for problem in problems], settings.data.validation_fraction)
-        self.problems, self.held_out = ([problem for problem in problems if (problem.question in aside) is side]
-                                        for side in (False, True))
-        if not (self.problems and self.held_out):
-            raise RequestError.field("data.validation_fraction", settings.data.validation_fraction,
-                                     f"leaves {len(self.problems)} of {len(problems)} problems to learn from and "
-                                     f"{len(self.held_out)} held out: both need one")
+        texts = {problem.digest: template.prompt(problem.question) for problem in problems}
+        self.prompts = {digest: [*tokenizer.start_ids, *tokenizer.encode(text).tolist()]
+                        for digest, text in texts.items()}
+        self.problems, self.held_out = parted(problems, lambda problem: problem.question,
+                                              settings.data.validation_fraction, "problems")
         # a row holds a prompt and a response; the last token is a target alone
         longest = max(map(len, self.prompts.values())) + reinforcement.max_tokens - 1
         self.length = -(-longest // _MULTIPLE) * _MULTIPLE
@@ -207,7 +202,7 @@ def _in_turn(problems: Sequence[Problem], start: int, count: int, seed: int) -> 
     def order(epoch: int) -> np.ndarray:
         return np.random.Generator(np.random.Philox(key=[seed % 2**64, epoch])).permutation(len(problems))
 
-    return [problems[order(place // len(problems))[place % len(problems)]] for place in range(start, start + count)]
+    return [problems[number] for number in in_turn(order, len(problems), range(start, start + count))]
 
 
 def _seed(seed: int, number: int) -> int:

@@ -39,8 +39,6 @@ from research.training.metrics import read_lines
 from research.training.step import loss_of
 from research.training.workdir import owned
 
-STAGES = ("teacher", "sample", "verify", "student", "evaluate")
-
 
 def run(settings: Settings, workdir: Path, stages: Sequence[str]) -> str:
     """Runs stages one after another; returns what to print. Raises RequestError, RunError, Stopped."""
@@ -119,7 +117,7 @@ class Pipeline:
         s, path = self.settings.sampling, self.workdir / "samples.jsonl"
         _, decoder, tokenizer = self._model_in(self._sampled)
         plan = Plan(s.samples, s.batch_size, s.max_tokens, Sampling(s.temperature, top_p=s.top_p), s.seed)
-        found = sample(path, self._asked, decoder, tokenizer, first_of(tokenizer), self.settings.template, plan)
+        found = sample(path, self._asked, decoder, tokenizer, tokenizer.start_ids, self.settings.template, plan)
         said = "all were there" if not found["samples"] else (
             f"{found['samples']:,} now, {found['tokens']:,} tokens, {found['tokens_per_second']:,.0f} tokens/s")
         if found["samples"]:
@@ -311,16 +309,11 @@ class Pipeline:
         for kind, one in plans.items():
             path = Path(f"{stem}.{kind}.jsonl")
             try:
-                sample(path, problems, decoder, tokenizer, first_of(tokenizer), self.settings.template, one)
+                sample(path, problems, decoder, tokenizer, tokenizer.start_ids, self.settings.template, one)
             except RequestError as error:
                 raise RequestError(str(error).replace("config.sampling", "config.evaluation")) from None
             found[kind] = read(path)
         return evaluate.estimates(found, problems, self.checker) | evaluate.facts(folder, settings, step)
-
-
-def first_of(tokenizer: Tokenizer) -> list[int]:
-    """The ids that every prompt begins with."""
-    return [tokenizer.bos_id] if tokenizer.begins_with_bos else []
 
 
 def _add(path: Path, found: dict) -> None:

@@ -7,7 +7,6 @@ from kernels.quantize import reference
 from research import plots
 from research.accounting import memory
 from research.precision.recipe import RECIPES
-from research.reporting.run import column
 from research.tables.runner import published
 
 OUTLIERS = slice(50, None, 100)  # channels
@@ -104,12 +103,6 @@ def draw_memory(axes, found: dict[str, dict[str, float]]) -> None:
     parts = list(next(iter(found.values())))
     plots.bars(axes, parts, {name: [by[part] for part in parts] for name, by in found.items()},
                "bytes a token kept for the backward pass (logarithmic)", 0, log=True)
-
-
-def draw_losses(axes, runs: dict[str, list[dict]]) -> None:
-    """Training loss of each recipe by step."""
-    plots.lines(axes, {name: column([line for line in lines if line["split"] == "train"], "next_token_loss")
-                       for name, lines in runs.items()}, "step", "nats a token")
 
 
 def formats() -> str:

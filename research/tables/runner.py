@@ -84,9 +84,14 @@ def published(experiment: str, *fields: str):
 def provenance(command: str, seeds: tuple[int, ...] = ()) -> dict:
     """What a scale's rows were made by and on; taken before results are written, which change the working tree."""
     about = describe()
-    kind = about["device"].split(" ", 1)
     return {"command": command, "commit": about["commit"], "jax": about["packages"]["jax"], "seeds": list(seeds),
-            "machine": about["processor"] + ("" if kind[0] == "cpu" else f", {kind[1]}")}
+            "machine": machine(about)}
+
+
+def machine(about: dict) -> str:
+    """Processor, and GPU if there was one, of what `environment.describe` says."""
+    kind = about["device"].split(" ", 1)
+    return about["processor"] + ("" if kind[0] == "cpu" else f", {kind[1]}")
 
 
 def scales(table) -> tuple[str, ...]:

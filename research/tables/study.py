@@ -21,7 +21,7 @@ from tqdm import tqdm
 from research import config, experiment, plots
 from research.environment import commit
 from research.errors import RequestError, RunError
-from research.tables.runner import ROOT, Row
+from research.tables.runner import ROOT, Row, machine
 from research.training.metrics import read_lines
 
 SIZES = {"cpu": ("micro", "mini"), "gpu": ("gpu",)}  # of experiments/nano.py
@@ -283,14 +283,9 @@ def provenance(command: str, runs: list[Run], found: dict) -> dict:
         return " and ".join(sorted({str(read(each)) for each in about}))
 
     return {"command": command, "commit": commit(), "trained_at": every(lambda each: each["commit"]),
-            "jax": every(lambda each: each["packages"]["jax"]), "machine": every(_machine),
+            "jax": every(lambda each: each["packages"]["jax"]), "machine": every(machine),
             "seeds": sorted({run.seed for run in runs}),
             "not_run": [size for size in dict.fromkeys(run.size for run in runs) if size not in sizes]}
-
-
-def _machine(about: dict) -> str:
-    kind = about["device"].split(" ", 1)
-    return about["processor"] + ("" if kind[0] == "cpu" else f", {kind[1]}")
 
 
 def draw(axes, table: list[Row]) -> None:

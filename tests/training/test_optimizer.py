@@ -18,6 +18,7 @@ from research.training.schedules import learning_rate
 from research.tree import paths
 from tests import tiny
 from tests.model.test_transformer import FAMILIES
+from tests.training import runs
 
 SHAPES = {"embed_tokens": (6, 4), "norm": {"scale": (4,)}, "layers": {"mlp": {"gate_proj": (2, 3, 8, 4)},
           "attention": {"q_proj": {"kernel": (2, 4, 6), "bias": (2, 6)}}}}
@@ -90,8 +91,8 @@ def test_the_decay_rules_cover_every_parameter(name):
         assert decays is not path.endswith(("/scale", "/bias")), path
 
 
-NO_RUNS = {"base", "distill", "r1_evaluate"}  # the last two are of research.distill, whose models are two fields
-EXPERIMENTS = sorted(path.stem for path in Path(base.__file__).parent.glob("[!_]*.py") if path.stem not in NO_RUNS)
+EXPERIMENTS = sorted(path.stem for path in Path(base.__file__).parent.glob("[!_]*.py")
+                     if path.stem not in runs.PIPELINES | {"base"})
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -114,4 +114,4 @@ def draw_worth(axes, rate: float, cost: float, measured: dict[str, float]) -> No
     axes.plot([rate], [worth(rate, cost)], "k*", markersize=12)
     axes.xaxis.set_major_locator(MultipleLocator(0.2))
     axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_ylim(0.5, 2.05)
+    axes.set_ylim(min(0.5, 0.9 * worth(rate, cost)), 2.05)

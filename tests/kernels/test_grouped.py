@@ -191,7 +191,7 @@ def test_kernels_lower_for_hopper(name, shape):
 
 @pytest.mark.parametrize("name", ["grouped_product", "grouped_weight_gradient"])
 def test_candidates_lower_for_hopper(name):
-    """A quarter of them: all are tried with the dense product's, which differs only in the way to its operands."""
+    """A quarter of them: others are tried with the dense product's, which differs only in the way to its operands."""
     shape = OPERATIONS[name].shapes[0]
     candidates = OPERATIONS[name].candidates(shape)[1::4]
     assert {tiles.cluster for tiles in candidates} == {1, 2} and {tiles.scales for tiles in candidates} > {"global"}

@@ -210,8 +210,9 @@ def test_every_real_shape_lowers():
 
 @pytest.mark.parametrize("name", ["product", "weight_gradient"])
 def test_candidates_lower_for_hopper(name):
+    """Of the product's 43 a third, with all values of each field; a search compiles all."""
     shape = FORWARD[2]
-    candidates = OPERATIONS[name].candidates(shape)
+    candidates = OPERATIONS[name].candidates(shape)[::3 if name == "product" else 1]
     assert {tiles.scales for tiles in candidates} == set(SCALES) and {tiles.cluster for tiles in candidates} == {1, 2}
     for chosen in candidates:
         assert_lowers(name, shape, chosen)

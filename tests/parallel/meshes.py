@@ -85,7 +85,7 @@ def restored(folder: str) -> dict:
 
 
 if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
     import jax
 
     jax.config.update("jax_numpy_rank_promotion", "raise")

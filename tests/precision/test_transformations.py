@@ -141,7 +141,8 @@ print("same")
 def test_four_devices_are_one():
     """Rows over devices, weights on each, shards of whole tiles of 128 tokens: the weights' gradients add up in another
     order, and an 8-bit value of SwiGLU may move to its neighbour."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run([sys.executable, "-c", SHARDED], cwd=ROOT, env=environment, capture_output=True, text=True,
                           timeout=120)
     assert done.stdout == "same\n", done.stderr[-2000:]

@@ -63,8 +63,10 @@ def join(address: str | None, processes: int | None, process: int | None, heartb
     _say_when_lost(heartbeat)
     try:
         with _stops_at_once():
-            jax.distributed.initialize(address, processes, process, initialization_timeout=_SECONDS_TO_MEET,
-                                       heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=heartbeat)
+            jax.distributed.initialize(
+                address, processes, process, cluster_detection_method=None if launcher() else "deactivate",
+                initialization_timeout=_SECONDS_TO_MEET, heartbeat_timeout_seconds=heartbeat,
+                shutdown_timeout_seconds=heartbeat)
     except (RuntimeError, ValueError) as error:
         raise RunError(f"the processes did not meet{f' by {launcher()}' if launcher() else ''}: "
                        f"{str(error).splitlines()[0]}") from error

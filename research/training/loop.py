@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from research import config, environment
-from research.accounting import flops, parameters
+from research.accounting import flops, memory, parameters
 from research.command import Stopped
 from research.data.pipeline import load_corpus
 from research.data.tokenizer import Tokenizer
@@ -64,7 +65,7 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
         step, tokens = int(state["step"]), record.get("tokens", 0)
         first = step + 1
         environment.pin_threads()
-        peak = environment.matmul_peak() * math.prod(settings.mesh.values())
+        peak = hosts.from_first(environment.matmul_peak) * machines(settings)
         clock = Clock(record.get("seconds"))
         log = None
         if hosts.is_first():
@@ -76,6 +77,8 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
         for evaluated, told in log.validated.items():  # a stop in mid-evaluation has saved its step without a loss
             checkpoints.rank(evaluated, told)
         logging.info("%s", describe(settings, corpus, first))
+        if model.products.mesh is not None and hosts.is_first():
+            logging.info("%s", describe_device(settings))
         progress = Progress(steps, step, hosts.is_first())
         stack.callback(progress.close)
         stop = stack.enter_context(StopRequests(hosts.Stops(model.products.mesh) if hosts.several() else None))
@@ -255,6 +258,12 @@ def explained(checkpoints: Checkpoints, step: Callable[[], int]):
         raise RunError(f"step {step()}: {reason}; {safe(checkpoints)}") from error
 
 
+def machines(settings) -> int:
+    """How many times over there is what one device measures alone: on a CPU a machine's devices share its cores."""
+    names = hosts.from_all(socket.gethostname())
+    return len(set(names)) if jax.default_backend() == "cpu" else math.prod(settings.mesh.values())
+
+
 class Profiler:
     """A trace for xprof of three steps, once what is compiled has run, in `folder`."""
 
@@ -281,3 +290,11 @@ def describe(settings, corpus, first: int) -> str:
     experts = f", {m.num_experts_per_tok} of {m.n_routed_experts} experts" if m.n_routed_experts else ""
     return (f"{count['total'] / 1e6:.2f}M parameters + {count['mtp'] / 1e6:.2f}M multi-token, "
             f"{count['active'] / 1e6:.2f}M active{experts}; {corpus.description}; {steps}")
+
+
+def describe_device(settings) -> str:
+    """What the account expects of the memory of one device of the mesh, in a line."""
+    held = memory.of_device(settings, jax.default_backend() == "gpu")
+    mesh = " x ".join(f"{axis} {size}" for axis, size in settings.mesh.items() if size > 1)
+    parts = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in held.items() if size and name != "total")
+    return f"a device of {mesh}: {held['total'] / 1e6:,.1f} MB by the account ({parts})"

@@ -3,12 +3,14 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from research import main
 from research.errors import RequestError
 from research.parallel import hosts
+from research.training import loop
 from research.training.step import init_state, make_train_step
 from tests import tiny
 from tests.commands import exit_code
@@ -65,7 +67,11 @@ def together(folder, workdir, name, step, slurm=False):
         meeting = [f"--coordinator_address={address}", "--num_processes=2", f"--process_id={number}"]
         words, variables = (words, processes.of_slurm(number, address)) if slurm else ([*words, *meeting], {})
         started.append(processes.start(*words, *flags(folder, workdir), cache=folder / "xla", **variables))
-    return [finish(process) for process in started]
+    try:
+        return [finish(process) for process in started]
+    finally:
+        for process in started:
+            process.kill()
 
 
 def saved(workdir):
@@ -121,6 +127,7 @@ def test_the_run_goes_on_as_if_it_had_been_left_in_peace(lives, folder):
 def test_the_first_process_alone_speaks(lives, folder):
     """One event file a start; of the second process there is nothing but its own warning."""
     assert len(list((folder / "moved" / "tensorboard").iterdir())) == 4
+    assert "\na device of data 2: " in lives["stopped"][0][2]  # what the account expects of its memory
     lines = [line for line in lives["stopped"][1][2].splitlines() if line]
     assert lines == ["warning: stopping after this step; once more to leave without saving"]
 
@@ -212,6 +219,16 @@ def test_flags_that_do_not_fit_are_refused(capsys, tmp_path, words, said):
     assert exit_code(main, f"--config={runs.EXPERIMENT}", f"--workdir={tmp_path / 'run'}", *words) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_devices_of_a_cpu_are_as_fast_together_as_one(monkeypatch):
+    """Their machine's peak counts once, however many processes and devices it has."""
+    s = tiny.settings({"mesh.data": 2, "mesh.expert": 2})
+    assert loop.machines(s) == 1
+    monkeypatch.setattr(hosts, "from_all", lambda _: ["a", "b", "a", "b"])
+    assert loop.machines(s) == 2
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert loop.machines(s) == 4
 
 
 def test_a_process_alone_agrees_with_itself():

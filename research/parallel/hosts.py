@@ -12,6 +12,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -54,6 +55,8 @@ def join(address: str | None, processes: int | None, process: int | None, heartb
     _check(given, heartbeat)
     if processes == 1 or not (launcher() or any(value is not None for value in given.values())):
         return
+    if address and process == 0:
+        _check_port(address)
     with command.stops_held():
         import jax
         from jax._src import distributed
@@ -90,6 +93,17 @@ def _check(given: dict, heartbeat: int) -> None:
         raise RequestError(f"--process_id={process} must be at least 0 and below --num_processes={processes}")
     if not 1 <= heartbeat <= 600:
         raise RequestError(f"--heartbeat_timeout_seconds={heartbeat} must be from 1 to 600")
+
+
+def _check_port(address: str) -> None:
+    """RequestError where another program listens: JAX's service would crash (0.11.2)."""
+    with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", int(address.rsplit(":", 1)[1])))
+        except (OSError, OverflowError) as error:
+            raise RequestError(f"--coordinator_address={address} cannot be listened at by process 0: "
+                               f"{getattr(error, 'strerror', None) or error}") from None
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 
 import jax
 import numpy as np
@@ -219,6 +220,15 @@ def test_flags_that_do_not_fit_are_refused(capsys, tmp_path, words, said):
     assert exit_code(main, f"--config={runs.EXPERIMENT}", f"--workdir={tmp_path / 'run'}", *words) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_port_that_is_taken_is_refused():
+    with socket.create_server(("", 0)) as taken:
+        address = f"localhost:{taken.getsockname()[1]}"
+        with pytest.raises(RequestError, match=f"{address} cannot be listened at by process 0: Address already in use"):
+            hosts.join(address, 2, 0, 30)
+    with pytest.raises(RequestError, match="cannot be listened at"):
+        hosts.join("localhost:70000", 2, 0, 30)
 
 
 def test_devices_of_a_cpu_are_as_fast_together_as_one(monkeypatch):

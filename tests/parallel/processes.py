@@ -90,7 +90,7 @@ def pair(number: int) -> dict:
     share = hosts.Share(shardings_of(model, s).batch)
     rows = share.rows(np.arange(len(ROWS)))
     batches = [{name: x[rows] for name, x in tiny.batch(ROWS, seed=number).items()} for number in range(STEPS)]
-    state = init_state(model, s, jax.tree.map(np.asarray, variables))
+    state = init_state(model, s, jax.device_put(variables, jax.local_devices()[0]))  # as a checkpoint's weights are
     step, metrics = make_train_step(model, s), []
     for batch in batches:
         state, told = step(state, share.whole(batch))

@@ -24,7 +24,7 @@ from research import command
 from research.errors import RequestError, RunError
 
 _SECONDS_TO_MEET = 300
-_SECONDS_TO_LEAVE = 5  # that a process which ends with an error grants the others to end with it
+_SECONDS_TO_LEAVE = 15  # that a process which ends with an error grants the others to end with it
 _KEYS = itertools.count()  # all processes ask for the same things in the same order
 _client = None  # of the coordination service; None in a process alone
 _process, _processes = 0, 1
@@ -64,13 +64,15 @@ def join(address: str | None, processes: int | None, process: int | None, heartb
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM; stops are agreed on by Stops
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     _say_when_lost(heartbeat)
+    # Slurm and Open MPI say which GPU is whose even where flags say the rest; the API of Kubernetes is asked in need
+    asked = launcher() in ("Slurm", "Open MPI") or None in given.values()
     try:
         with _stops_at_once():
             jax.distributed.initialize(
-                address, processes, process, cluster_detection_method=None if launcher() else "deactivate",
+                address, processes, process, cluster_detection_method=None if asked else "deactivate",
                 initialization_timeout=_SECONDS_TO_MEET, heartbeat_timeout_seconds=heartbeat,
                 shutdown_timeout_seconds=heartbeat)
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # also those of the launchers' own packages
         raise RunError(f"the processes did not meet{f' by {launcher()}' if launcher() else ''}: "
                        f"{str(error).splitlines()[0]}") from error
     state = distributed.global_state
@@ -299,7 +301,8 @@ def leave(code: int) -> None:
                 _wait_for(f"parsimony/left/{number}", seconds)
             _client.key_value_set("parsimony/left/all", str(code))
         else:
-            code = code or int(_wait_for("parsimony/left/all", seconds))
+            told = int(_wait_for("parsimony/left/all", seconds))
+            code = code or told
         jax.distributed.shutdown()
     except jax.errors.JaxRuntimeError:  # they hear no more of this process, and end by that
         os._exit(code)

@@ -31,8 +31,9 @@ class Stopped(BaseException):
         self.code = code
 
 
-def run(main: Callable[[], None], values: flags.FlagValues = flags.FLAGS, allocator: str = HUGE_PAGES) -> None:
-    """Runs the command of this process, whose flags are `values`, and exits with the code of `execute`."""
+def run(main: Callable[[], None], values: flags.FlagValues = flags.FLAGS, allocator: str = HUGE_PAGES,
+        leave: Callable[[int], None] = sys.exit) -> None:
+    """Runs the command of this process, whose flags are `values`, and exits, by `leave`, with the code of `execute`."""
     tune_process(allocator)
     signal.signal(signal.SIGTERM, _terminate)
     sys.unraisablehook = raise_again
@@ -40,7 +41,7 @@ def run(main: Callable[[], None], values: flags.FlagValues = flags.FLAGS, alloca
     code = execute(main, sys.argv, values)
     for number in (signal.SIGINT, signal.SIGTERM):  # what comes while the interpreter shuts down just ends it
         signal.signal(number, signal.SIG_DFL)
-    sys.exit(code)
+    leave(code)
 
 
 @contextlib.contextmanager

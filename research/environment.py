@@ -27,6 +27,7 @@ def describe() -> dict:
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "device": f"{device.platform} {device.device_kind}",
         "devices": jax.device_count(),
+        "processes": jax.process_count(),
         "processor": _processor(),
         "commit": commit(),
     }

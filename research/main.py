@@ -1,4 +1,7 @@
-"""Trains or evaluates: `python -m research.main --config=experiments/nano.py --workdir=runs/nano [--config.a.b=c]`."""
+"""Trains or evaluates: `python -m research.main --config=experiments/nano.py --workdir=runs/nano [--config.a.b=c]`.
+
+Several processes of one command are one run: Slurm, Open MPI or Kubernetes says which each is, or three flags do.
+"""
 
 from pathlib import Path
 
@@ -6,6 +9,7 @@ from absl import flags
 
 from research import command, config, experiment
 from research.errors import RequestError
+from research.parallel import hosts
 
 FLAGS = flags.FlagValues()
 _CONFIG = flags.DEFINE_string(
@@ -19,6 +23,14 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "eval"], "train, or evaluate the newest checkpoint on all held-out text.", FLAGS)
 _PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of three steps to WORKDIR/profile, for xprof.", FLAGS)
+_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, where all processes of the run meet.", FLAGS)
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the run has; 1: no others, whatever a "
+                                  "launcher says.", flag_values=FLAGS)
+_PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.", flag_values=FLAGS)
+_HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat_timeout_seconds", 30, "A process that gives no sign of life for so long is lost, and the run ends.",
+    flag_values=FLAGS)
 
 
 def main() -> None:
@@ -37,16 +49,21 @@ def main() -> None:
         raise RequestError("--config is required: an experiment such as experiments/nano.py")
     settings = config.check(experiment.change(chosen, _FIELDS.value))
 
+    hosts.join(_ADDRESS.value, _PROCESSES.value, _PROCESS.value, _HEARTBEAT.value)
     with command.stops_held():
         from research import summary  # after the checks that need no JAX: a wrong field is answered at once
         from research.interop.weights import weights_alone
         from research.training import evaluation, loop
 
+    hosts.agree({f"--{name}": FLAGS[name].value for name in ("workdir", "mode", "profile", "heartbeat_timeout_seconds")}
+                | experiment.flatten(settings.to_config(), "config."), "command")
     if _MODE.value == "train":
-        print(summary.of_training(loop.train(settings, workdir, profile=_PROFILE.value)))
+        told = summary.of_training(loop.train(settings, workdir, profile=_PROFILE.value))
     else:
         evaluate = evaluation.evaluate_weights if weights_alone(workdir) else loop.evaluate_newest
-        print(summary.of_evaluation(evaluate(settings, workdir)))
+        told = summary.of_evaluation(evaluate(settings, workdir))
+    if hosts.is_first():
+        print(told)
 
 
 def config_of_folder(folder: Path):
@@ -57,4 +74,4 @@ def config_of_folder(folder: Path):
 
 
 if __name__ == "__main__":
-    command.run(main, FLAGS, command.KEPT_PAGES)
+    command.run(main, FLAGS, command.KEPT_PAGES, hosts.leave)

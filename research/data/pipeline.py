@@ -8,7 +8,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -19,6 +19,16 @@ from research.data.tokenizer import Tokenizer, build
 from research.errors import RequestError
 
 _RAMP_SIZES = 8  # distinct batch sizes at most: each is compiled once
+
+
+class Share(Protocol):
+    """What one of several processes reads of each batch (parallel/hosts.py)."""
+
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        """Those of a batch's row numbers that are this process's."""
+
+    def whole(self, batch: Batch) -> Any:
+        """The batch of all processes, of which this one has read its rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +45,7 @@ class Corpus:
     validation_bytes: int
     gzip_bits_per_byte: float | None  # None where nothing is held out
     corpus_hash: str  # of all documents, training and held out
+    share: Share | None = None  # None: all of every batch
 
     @property
     def description(self) -> str:
@@ -121,8 +132,10 @@ class TrainBatches:
         )
 
         def batch(step: int) -> Batch:
-            return stream.batch(rows_before(training, step) + np.arange(batch_size_at(training, step)))
+            rows = rows_before(training, step) + np.arange(batch_size_at(training, step))
+            return stream.batch(corpus.share.rows(rows) if corpus.share else rows)
 
+        self._share = corpus.share
         self._source = {"corpus": corpus.corpus_hash, "tokenizer": corpus.tokenizer.hash}
         self._iterator = _read_ahead(batch, sys.maxsize, data.prefetch, start)
 
@@ -130,7 +143,8 @@ class TrainBatches:
         return self
 
     def __next__(self) -> Batch:
-        return next(self._iterator)
+        batch = next(self._iterator)
+        return self._share.whole(batch) if self._share else batch
 
     def take(self, state: Any) -> Batch:
         """The next batch. What text is read does not depend on the state of training; what a policy says does."""
@@ -173,9 +187,11 @@ def validation_batches(corpus: Corpus, settings: Any, batches: int | None = None
 
     def batch(number: int) -> Batch:
         places = number * size + np.arange(size)
-        return stream.batch(np.where(places < count, places * stream.rows // max(count, 1), stream.rows))
+        rows = np.where(places < count, places * stream.rows // max(count, 1), stream.rows)
+        return stream.batch(corpus.share.rows(rows) if corpus.share else rows)
 
-    return _read_ahead(batch, math.ceil(count / size), data.prefetch, 0)
+    found = _read_ahead(batch, math.ceil(count / size), data.prefetch, 0)
+    return map(corpus.share.whole, found) if corpus.share else found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ from jax.sharding import AxisType, Mesh
 
 from research.errors import RequestError
 from research.model.build import make_model, variable_shapes
+from research.parallel import hosts
 from research.parallel.rules import AXES, BATCH, check_shapes
 from research.precision.recipe import RECIPES
 from research.tree import paths
@@ -23,12 +24,15 @@ def make_mesh(settings, devices=None) -> Mesh | None:
         raise RequestError.field("mesh.pipeline", settings.mesh.pipeline,
                                  "must be 1: training has no pipeline schedule, only the account counts one")
     needed = math.prod(sizes.values())
+    product = " * ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1) or "mesh.data=1"
+    if hosts.several() and needed != len(devices):
+        raise RequestError(f"config.{product} takes {needed} device{'s' if needed > 1 else ''}: several processes use "
+                           f"all they have, {len(devices)} {devices[0].platform} devices")
     if needed == 1:
         return None
     if RECIPES[settings.precision.recipe].quantized:
         raise RequestError.field("precision.recipe", settings.precision.recipe,
                                  f"runs on one device: a mesh of {needed} devices needs float32 or bfloat16")
-    product = " * ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1)
     if needed > len(devices):
         raise RequestError(f"config.{product} needs {needed} devices: {len(devices)} {devices[0].platform} "
                            f"device{'s are' if len(devices) > 1 else ' is'} present")

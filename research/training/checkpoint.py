@@ -32,6 +32,7 @@ from absl import logging
 from etils import epath
 
 from research.errors import RequestError, RunError
+from research.parallel import hosts
 
 MANIFEST = "manifest.json"
 
@@ -114,9 +115,9 @@ class Checkpoints:
         self.wait()
         self._saving = step
         try:
-            if self._manager is None or any(self._damage.get(known) for known in self.list()):
+            if hosts.from_first(lambda: self._manager is None or any(self._damage.get(known) for known in self.list())):
                 self._open()
-            if step not in self.list():
+            if hosts.from_first(lambda: step not in self.list()):
                 self._damage.pop(step, None)
                 items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record))
                 self._manager.save(step, args=items, metrics={"loss": loss}, force=True)
@@ -155,6 +156,18 @@ class Checkpoints:
             if not self._check(step):
                 return step
         return None
+
+    def agreed(self) -> int | None:
+        """`newest_intact` of the first process, on all: the others believe it, and read no more than they hold."""
+        step = hosts.from_first(self.newest_intact)
+        if step is not None:
+            self._damage[step] = ""
+        return step
+
+    def newest(self) -> str:
+        """Which checkpoint is the newest, in a phrase and at once: sealed, and not read again."""
+        steps = self.list()
+        return f"the last checkpoint is {self.directory / str(steps[-1])}" if steps else "no checkpoint was saved"
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         """The state saved at `step`, bit for bit, and its record.

@@ -14,6 +14,7 @@ from research.errors import RequestError
 from research.interop.weights import read_weights, variables_of
 from research.model.balance import load_violation, relative_load
 from research.model.build import make_model
+from research.parallel import hosts
 from research.parallel.mesh import make_mesh
 from research.training.step import make_eval_step
 
@@ -30,7 +31,8 @@ def evaluate(eval_step, state, corpus, settings, batches: int | None = None, bar
     """
     params = state["params"] if state["ema"] is None else state["ema"]
     sums = None
-    with tqdm(total=corpus.validation.targets, unit=" tokens", disable=None if bar else True) as progress:
+    shown = None if bar and hosts.is_first() else True
+    with tqdm(total=corpus.validation.targets, unit=" tokens", disable=shown) as progress:
         for batch in corpus.validation_batches(settings, batches):
             part = jax.tree.map(lambda x: np.asarray(x, np.float64), eval_step(params, state["routing"], batch))
             sums = part if sums is None else jax.tree.map(np.add, sums, part)
@@ -61,6 +63,8 @@ def evaluate_weights(settings, folder: Path) -> dict:
 
     Writes nothing. Tokens are those of the folder's own tokenizer.json. Raises RequestError.
     """
+    if hosts.several():
+        raise RequestError(f"--workdir={folder} holds weights alone, which one process evaluates")
     corpus = load_corpus(settings, Tokenizer.load(folder))
     model = make_model(settings, make_mesh(settings))
     variables, wrong = variables_of(read_weights(folder)[1], model, settings)

@@ -1,7 +1,9 @@
 """The one training loop."""
 
 import contextlib
+import dataclasses
 import math
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,17 +13,25 @@ import jax.numpy as jnp
 from absl import logging
 
 from research import config, environment
-from research.accounting import flops, parameters
+from research.accounting import flops, memory, parameters
 from research.command import Stopped
 from research.data.pipeline import load_corpus
 from research.data.tokenizer import Tokenizer
 from research.errors import RequestError, RunError
 from research.model.build import make_model
+from research.parallel import hosts
 from research.parallel.mesh import make_mesh
 from research.training import evaluation, samples
 from research.training.checkpoint import Checkpoints
-from research.training.metrics import Clock, MetricsLog, Progress, to_plain
-from research.training.step import abstract_state, init_state, loss_of, make_eval_step, make_train_step
+from research.training.metrics import Clock, MetricsLog, NoLog, Progress, to_plain
+from research.training.step import (
+    abstract_state,
+    init_state,
+    loss_of,
+    make_eval_step,
+    make_train_step,
+    shardings_of,
+)
 from research.training.stopping import Interrupted, StopRequests
 from research.training.workdir import owned, write_files
 
@@ -33,12 +43,14 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
     corpus: None is the config's text; anything else that has batches (finetune.Examples, reinforce.Rollouts) stands in
     for it. loss: as `step.loss_of`. evaluate: as `evaluation.evaluate`, whose `loss` says which checkpoint is best.
     Returns the summary that is printed. Raises RequestError before anything is written, RunError for a run that
-    failed on its way, Stopped after saving on Ctrl-C or SIGTERM.
+    failed on its way, Stopped after saving on Ctrl-C or SIGTERM. Of several processes each does all of this, and the
+    first alone writes, but for the arrays of checkpoints.
     """
-    corpus = corpus or load_corpus(settings)
+    corpus = corpus or load_shared(settings)
     settings = settings.with_vocabulary(corpus.tokenizer.vocab_size)
     steps, saving, evaluating = settings.training.steps, settings.checkpoint, settings.evaluation
     model = make_model(settings, make_mesh(settings))
+    corpus = shared_out(corpus, model, settings)
     checkpoints = Checkpoints(workdir / "checkpoints", saving.keep_last, saving.keep_best)
     step = 0  # the one that is at work
     with contextlib.ExitStack() as stack:
@@ -53,18 +65,24 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
         step, tokens = int(state["step"]), record.get("tokens", 0)
         first = step + 1
         environment.pin_threads()
-        peak = environment.matmul_peak() * math.prod(settings.mesh.values())
-        write_files(settings, workdir, corpus, peak)
+        peak = hosts.from_first(environment.matmul_peak) * machines(settings)
         clock = Clock(record.get("seconds"))
-        log = MetricsLog(workdir, step)
+        log = None
+        if hosts.is_first():
+            write_files(settings, workdir, corpus, peak)
+            log = MetricsLog(workdir, step)
+        validated = hosts.from_first(lambda: list(log.validated.items()))
+        log = log or NoLog(dict(validated))
         stack.callback(log.close)
         for evaluated, told in log.validated.items():  # a stop in mid-evaluation has saved its step without a loss
             checkpoints.rank(evaluated, told)
         logging.info("%s", describe(settings, corpus, first))
-        progress = Progress(steps, step)
+        if model.products.mesh is not None and hosts.is_first():
+            logging.info("%s", describe_device(settings))
+        progress = Progress(steps, step, hosts.is_first())
         stack.callback(progress.close)
-        stop = stack.enter_context(StopRequests())
-        profiler = Profiler(workdir / "profile", first + 3 if profile else None)
+        stop = stack.enter_context(StopRequests(hosts.Stops(model.products.mesh) if hosts.several() else None))
+        profiler = Profiler(workdir / "profile", first + 3 if profile and hosts.is_first() else None)
         flops_per_token = flops.training_per_token(settings)
         step_function, compiled, eval_step = make_train_step(model, settings, loss), {}, make_eval_step(model, settings)
         pending, ready = None, 0.0  # the step whose metrics are not read yet: (step, metrics, tokens, dispatched)
@@ -127,11 +145,12 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
                     compiled[size] = step_function.lower(state, batch).compile()
             profiler.before(step)
             dispatched = time.perf_counter()
+            asked = stop.asked()  # known when the step before is, for which `read_pending` waits
             state, metrics = compiled[size](state, batch)
             read_pending()
             pending = (step, metrics, size, dispatched)
             profiler.after(step, metrics, step == steps)
-            stops = bool(stop.code)
+            stops = bool(stop.agreed(asked))
             saves = step == steps or bool(saving.every_steps and step % saving.every_steps == 0)
             if evaluates() or saves or stops:
                 read_pending()
@@ -145,13 +164,15 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
         checkpoints.close()
         progress.close()
         stop.release()
-        if stop.code:
+        if stop.agreed(stop.asked()):
             logging.info("stopped at step %d: %s", int(state["step"]), safe(checkpoints))
             raise Stopped(stop.code)
         if model.products.mesh is not None:
             model, state = make_model(settings), gathered(state)
-        samples.write(model, state, corpus, settings, workdir / "samples.md")
-        decoding = samples.time_decoding(model, state, corpus, settings)
+        decoding = {}
+        if hosts.is_first():
+            samples.write(model, state, corpus, settings, workdir / "samples.md")
+            decoding = samples.time_decoding(model, state, corpus, settings)
         return {"steps": steps, "tokens": tokens, "validation": validation, "decoding": decoding, "gzip_bits_per_byte":
                 corpus.gzip_bits_per_byte, "held_out_bytes": corpus.validation_bytes, "seconds": clock.seconds,
                 "peak_flops": peak, "flops_per_token": flops_per_token, "workdir": str(workdir)}
@@ -161,25 +182,43 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
 def evaluate_newest(settings: config.Settings, workdir: Path) -> dict:
     """Evaluates the workdir's newest intact checkpoint on all held-out text; writes nothing."""
     checkpoints = Checkpoints(workdir / "checkpoints", settings.checkpoint.keep_last, settings.checkpoint.keep_best)
-    step = checkpoints.newest_intact()
+    step = checkpoints.agreed()
     if step is None:
         raise RequestError(f"--workdir={workdir} holds no intact checkpoint")
-    corpus = load_corpus(settings, Tokenizer.load(workdir / "tokenizer.json"))  # on any text, the model's own tokens
+    corpus = load_shared(settings, Tokenizer.load(workdir / "tokenizer.json"))  # on any text, the model's own tokens
     settings = settings.with_vocabulary(corpus.tokenizer.vocab_size)
     model = make_model(settings, make_mesh(settings))
+    corpus = shared_out(corpus, model, settings)
     state, _ = checkpoints.restore(step, abstract_state(model, settings))
     return {"step": step} | evaluation.on_held_out(model, state, corpus, settings)
 
 
+def load_shared(settings, tokenizer: Tokenizer | None = None):
+    """The corpus, which the first process tokenizes where the cache is shared; all make sure that it is the same."""
+    with hosts.first_alone():
+        corpus = load_corpus(settings, tokenizer)
+    hosts.agree({"corpus": corpus.corpus_hash, "tokenizer": corpus.tokenizer.hash}, "text")
+    return corpus
+
+
+def shared_out(corpus, model, settings):
+    """The corpus, of whose batches each of several processes reads the rows of its own devices."""
+    if not hosts.several():
+        return corpus
+    return dataclasses.replace(corpus, share=hosts.Share(shardings_of(model, settings).batch))
+
+
 def gathered(state):
-    """What decoding reads of a state, on the first device: it knows no mesh."""
-    names = ("params", "routing", "ema", "step")
-    return jax.device_put({name: state[name] for name in names}, jax.local_devices()[0])
+    """What decoding reads of a state, on the first device of the first process: it knows no mesh."""
+    kept = {name: state[name] for name in ("params", "routing", "ema", "step")}
+    if hosts.several():
+        kept = hosts.whole(kept, kept["step"].sharding.mesh)
+    return jax.device_put(kept, jax.local_devices()[0]) if hosts.is_first() else None
 
 
 def start(model, settings, checkpoints: Checkpoints):
     """The state and the record to go on from: the newest intact checkpoint's, or step 0 and an empty record."""
-    step = checkpoints.newest_intact()
+    step = checkpoints.agreed()
     if step is not None:
         if step > settings.training.steps:
             raise RequestError.field("training.steps", settings.training.steps,
@@ -208,10 +247,21 @@ def safe(checkpoints: Checkpoints) -> str:
 def explained(checkpoints: Checkpoints, step: Callable[[], int]):
     """What the system or the device refuses (a full disk, memory), as a RunError with the step and what is safe."""
     try:
+        hosts.last_words(checkpoints.newest)
         yield
-    except (OSError, jax.errors.JaxRuntimeError) as error:
+    except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
+        if hosts.is_loss(error):
+            raise RunError(f"step {step()}: another process of the run has ended; {checkpoints.newest()}") from error
+        if isinstance(error, ValueError):
+            raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise RunError(f"step {step()}: {reason}; {safe(checkpoints)}") from error
+
+
+def machines(settings) -> int:
+    """How many times over there is what one device measures alone: on a CPU a machine's devices share its cores."""
+    names = hosts.from_all(socket.gethostname())
+    return len(set(names)) if jax.default_backend() == "cpu" else math.prod(settings.mesh.values())
 
 
 class Profiler:
@@ -240,3 +290,11 @@ def describe(settings, corpus, first: int) -> str:
     experts = f", {m.num_experts_per_tok} of {m.n_routed_experts} experts" if m.n_routed_experts else ""
     return (f"{count['total'] / 1e6:.2f}M parameters + {count['mtp'] / 1e6:.2f}M multi-token, "
             f"{count['active'] / 1e6:.2f}M active{experts}; {corpus.description}; {steps}")
+
+
+def describe_device(settings) -> str:
+    """What the account expects of the memory of one device of the mesh, in a line."""
+    held = memory.of_device(settings, jax.default_backend() == "gpu")
+    mesh = " x ".join(f"{axis} {size}" for axis, size in settings.mesh.items() if size > 1)
+    parts = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in held.items() if size and name != "total")
+    return f"a device of {mesh}: {held['total'] / 1e6:,.1f} MB by the account ({parts})"

@@ -70,6 +70,20 @@ class MetricsLog:
             self._board.close()
 
 
+class NoLog:
+    """Where another process writes the metrics."""
+
+    def __init__(self, validated: dict):
+        self.validated = validated
+
+    def write(self, line: dict) -> None:
+        """Nothing, as `sync` and `close` do."""
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def is_table(value) -> bool:
     """Whether a field of a line is a list of lists."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], list)
@@ -124,10 +138,10 @@ def to_plain(metrics: dict) -> dict:
 class Progress:
     """How far a run is, on stderr: a bar with an ETA on a terminal, elsewhere a line every half minute."""
 
-    def __init__(self, steps: int, done: int):
+    def __init__(self, steps: int, done: int, shown: bool = True):
         self._steps, self._bar = steps, None
         self._first, self._start, self._said = None, 0.0, 0.0  # of the lines: where and when the first step was done
-        if sys.stderr.isatty():
+        if shown and sys.stderr.isatty():
             self._bar = tqdm(
                 total=steps, initial=done, dynamic_ncols=True, mininterval=0.5, file=sys.stderr,
                 bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")

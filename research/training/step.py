@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from research.model.balance import load_violation, update_bias
@@ -22,8 +23,11 @@ def init_state(model: Transformer, settings, variables=None):
     """
     if variables is None:
         variables = init_variables(model, settings, settings.training.seed)
-    over = shardings_of(model, settings)
-    return jax.jit(partial(_first_state, model, settings), **({"out_shardings": over.state} if over else {}))(variables)
+    over, placing = shardings_of(model, settings), {}
+    if over:
+        placing = {"out_shardings": over.state}
+        variables = jax.tree.map(np.asarray, variables)  # those of a checkpoint are bound to one device
+    return jax.jit(partial(_first_state, model, settings), **placing)(variables)
 
 
 def abstract_state(model: Transformer, settings):

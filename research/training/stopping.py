@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training: saved first, obeyed then."""
+"""Ctrl-C and SIGTERM during training: saved first, obeyed then, by all processes at the same step."""
 
 import signal
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from absl import logging
 
 from research.command import Stopped
+from research.parallel.hosts import Stops
 
 
 class Interrupted(Exception):
@@ -13,10 +14,14 @@ class Interrupted(Exception):
 
 
 class StopRequests:
-    """Ctrl-C and SIGTERM, noted until the step is done. `code` is the exit code to leave with, 0 while none came."""
+    """Ctrl-C and SIGTERM, noted until the step is done. `code` is the exit code to leave with, 0 while none came.
 
-    def __init__(self):
-        self.code = 0
+    Where there are several processes `code` is this one's request until `agreed` has made it that of all.
+    """
+
+    def __init__(self, stops: Stops | None = None):
+        """stops: None in a process alone."""
+        self.code, self._stops = 0, stops
         self._before = {}
 
     def __enter__(self):
@@ -32,10 +37,22 @@ class StopRequests:
         while self._before:
             signal.signal(*self._before.popitem())
 
+    def asked(self):
+        """What all processes want, under way: for `agreed`, which waits for it. All ask equally often."""
+        return self._stops.cast(self.code) if self._stops else None
+
+    def agreed(self, asked) -> int:
+        """The exit code that all processes leave with, or 0: the same on each."""
+        if asked is None:
+            return self.code
+        code = int(asked)
+        self.code = max(self.code, code)
+        return code
+
     def checked(self, function: Callable) -> Callable:
         """The function, raising Interrupted in place of its next call once a request came."""
         def call(*arguments):
-            if self.code:
+            if self.agreed(self.asked()):
                 raise Interrupted
             return function(*arguments)
 

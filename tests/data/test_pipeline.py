@@ -1,5 +1,6 @@
 """Batches: of seed and step alone, wherever reading began; evaluation reads every held-out target once."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -297,6 +298,31 @@ def test_ramped_batches_read_the_rows_one_after_another(cache: Path, corpus: Cor
     rows = np.concatenate([batch["tokens_BT"] for batch in ramped])
     single = take(TrainBatches(corpus, settings_of(cache, **{"training.batch_size": 1})), len(rows))
     np.testing.assert_array_equal(rows, np.concatenate([batch["tokens_BT"] for batch in single]))
+
+
+class Half:
+    """A share of rows as parallel/hosts.py has them, without a second process."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        return np.split(numbers, 2)[self.number]
+
+    def whole(self, batch: packing.Batch) -> packing.Batch:
+        return batch
+
+
+def test_shares_are_the_batch_of_one_process(cache: Path, corpus: Corpus):
+    """Whatever the batch's size; and so are those of held-out text, its filling too."""
+    settings = settings_of(cache, **{"training.steps": 6, "training.batch_size": 8, "training.batch_ramp_start": 4,
+                                     "training.batch_ramp_until": 0.5, "evaluation.batch_size": 6})
+    halves = [dataclasses.replace(corpus, share=Half(number)) for number in range(2)]
+    for read in (lambda text: take(text.train_batches(settings), 6),
+                 lambda text: list(text.validation_batches(settings))):
+        joined = [{name: np.concatenate([x[name] for x in parts]) for name in parts[0]}
+                  for parts in zip(*map(read, halves), strict=True)]
+        assert_same(joined, read(corpus))
 
 
 def test_the_default_corpus_needs_no_optional_package(cache: Path):

@@ -10,6 +10,7 @@ DEVICES = 8
 FIELDS = {
     "model.num_hidden_layers": 1, "model.first_k_dense_replace": 0, "model.moe_intermediate_size": 40,
     "mtp.num_nextn_predict_layers": 1, "training.batch_size": 8,
+    "training.ema_decay": 0.5,
     "optimizer.clip_norm": 0, "model.bias_update_until": 1.0, "mtp.loss_weight_switch": 1.0,
 }
 MESHES = {
@@ -51,7 +52,7 @@ def run(name: str) -> dict:
         "metrics": metrics,
         "gradients": gradients,
         "state": {part: {path: np.asarray(x).tolist() for path, x in paths(state[part]).items()}
-                  for part in ("params", "routing")},
+                  for part in ("params", "routing", "ema")},
         "program": step.as_text(),
         "held": {path: x.addressable_shards[0].data.shape for path, x in paths(state["params"]).items()},
     }

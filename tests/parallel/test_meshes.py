@@ -58,9 +58,10 @@ def test_the_state_after_several_steps_is_that_of_one_device(found, mesh):
     assert one["routing"].keys() == other["routing"].keys() and len(one["routing"]) == 2
     for path, expected in one["routing"].items():
         np.testing.assert_allclose(other["routing"][path], expected, atol=1e-6, err_msg=path)
-    for path, expected in one["params"].items():
-        expected, actual = np.asarray(expected), np.asarray(other["params"][path])
-        assert np.linalg.norm(actual - expected) <= 2e-3 * np.linalg.norm(expected), path
+    for part in ("params", "ema"):
+        for path, expected in one[part].items():
+            expected, actual = np.asarray(expected), np.asarray(other[part][path])
+            assert np.linalg.norm(actual - expected) <= 2e-3 * np.linalg.norm(expected), path
 
 
 def gathers_of_experts(program: str) -> int:

@@ -1,0 +1,133 @@
+"""Two real processes over loopback: what each of them runs, and how the tests start them.
+
+    python -m tests.parallel.processes pair ADDRESS NUMBER FILE   what processes agree on, and steps over both, as JSON
+    python -m tests.parallel.processes signal NAME STEP FLAGS...  research.main, which at a step sends itself a signal
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from tests.parallel.meshes import FIELDS, ROWS
+
+ROOT = Path(__file__).parents[2]
+HEARTBEAT = 8  # seconds: on a busy machine a process may be silent for some
+QUICK = "--xla_backend_optimization_level=0"  # compiles in half the time
+STEPS = 2
+SHAPE = FIELDS | {"mtp.num_nextn_predict_layers": 0, "model.attention_implementation": "reference"}
+
+
+def start(*words, cache: Path, devices: int = 1, **variables: str) -> subprocess.Popen:
+    """A process of this module, or of another that `words` begin with (`-m NAME`), on so many simulated devices.
+
+    variables: of its environment.
+    """
+    environment = os.environ | variables | {
+        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
+        "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    module = () if words[0] == "-m" else ("-m", "tests.parallel.processes")
+    return subprocess.Popen([sys.executable, *module, *map(str, words)], cwd=ROOT, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def free_address() -> str:
+    """localhost and a port that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return f"localhost:{listener.getsockname()[1]}"
+
+
+def of_slurm(number: int, address: str) -> dict[str, str]:
+    """What Slurm leaves in the environment of task `number` of two, and the port that JAX would make of the job's."""
+    host, port = address.split(":")
+    return {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": f"{host},elsewhere", "SLURM_NTASKS": "2",
+            "SLURM_PROCID": str(number), "SLURM_LOCALID": "0", "JAX_COORDINATOR_PORT": port}
+
+
+def pair(number: int) -> dict:
+    """What process `number` of two finds: values, refusals, its share of a batch, and steps of a mesh over both."""
+    import jax
+    import numpy as np
+
+    from research.errors import RequestError
+    from research.parallel import hosts
+    from research.parallel.mesh import make_mesh
+    from research.training.step import init_state, make_train_step, shardings_of
+    from research.training.stopping import StopRequests
+    from tests import tiny
+
+    found = {"first": hosts.is_first(), "told": hosts.from_first(lambda: [number, "a"]), "all": hosts.from_all(number)}
+
+    def wrong():
+        raise RequestError("the first's own")
+
+    def refusal(function) -> str:
+        try:
+            function()
+        except RequestError as error:
+            return str(error)
+        return ""
+
+    found["equal"] = refusal(lambda: hosts.agree({"config.a": 1, "config.b": [2]}, "command"))
+    found["other"] = refusal(lambda: hosts.agree({"config.a": 1, "config.b": number}, "command"))
+    found["missing"] = refusal(lambda: hosts.agree({"config.a": 1} if number else {}, "command"))
+    found["wrong"] = refusal(lambda: hosts.from_first(wrong))
+
+    s = tiny.settings(SHAPE | {"mesh.expert": 2})
+    model, variables = tiny.model(s)
+    model = model.clone(products=replace(model.products, mesh=make_mesh(s)))
+    stop = StopRequests(hosts.Stops(model.products.mesh))
+    votes = []
+    for code in (0, 143 if number else 0, 130):
+        stop.code = code
+        votes.append((stop.agreed(stop.asked()), stop.code))
+    share = hosts.Share(shardings_of(model, s).batch)
+    rows = share.rows(np.arange(len(ROWS)))
+    batches = [{name: x[rows] for name, x in tiny.batch(ROWS, seed=number).items()} for number in range(STEPS)]
+    state = init_state(model, s, jax.device_put(variables, jax.local_devices()[0]))  # as a checkpoint's weights are
+    step, metrics = make_train_step(model, s), []
+    for batch in batches:
+        state, told = step(state, share.whole(batch))
+        metrics.append({name: np.asarray(value).tolist() for name, value in told.items()})
+    kept = hosts.whole({"params": state["params"], "routing": state["routing"]}, model.products.mesh)
+    return found | {"votes": votes, "rows": rows.tolist(), "metrics": metrics,
+                    "experts": state["params"]["layers"]["mlp"]["gate_proj"].addressable_shards[0].data.shape,
+                    "state": {path: x.tolist() for path, x in tiny.leaves(kept).items()}}
+
+
+def sends_itself(name: str, at: int) -> None:
+    """From now on this process gets a signal once step `at` of a run is written."""
+    from research.training.metrics import Progress
+
+    update = Progress.update
+
+    def updated(self, step: int, text: str) -> None:
+        update(self, step, text)
+        if step == at:
+            os.kill(os.getpid(), signal.Signals[name])
+
+    Progress.update = updated
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "pair":
+        from research.parallel import hosts
+
+        hosts.join(sys.argv[2], 2, int(sys.argv[3]), HEARTBEAT)
+        Path(sys.argv[4]).write_text(json.dumps(pair(int(sys.argv[3]))))
+        hosts.last_words(lambda: "the last checkpoint is here")
+        if not hosts.is_first():
+            os.kill(os.getpid(), signal.SIGSTOP)  # connected, and says nothing any more
+        hosts.from_all("never")
+    else:
+        from research import command, main
+
+        sends_itself(sys.argv[2], int(sys.argv[3]))
+        sys.argv = ["research.main", *sys.argv[4:]]
+        command.run(main.main, main.FLAGS, command.KEPT_PAGES, main.hosts.leave)

@@ -142,21 +142,24 @@ def cache(tmp_path_factory):
 @pytest.mark.parametrize("file", FIRST.values())
 def test_the_smoke_trains(file, tmp_path, cache):
     """20 steps of the default one, one step of the others, whose equal layers are compiled once, and are all equal:
-    a network of a dense layer is what the shared experts are."""
-    default, fields = file == "experiments/nano.py", load(file, "smoke").model
+    a network of a dense layer is what the shared experts are, a multi-token module's block what the layers are."""
+    default, fields = file == "experiments/nano.py", load(file, "smoke")
     steps, unroll = (20, 0) if default else (1, 1)
-    dense = fields.first_k_dense_replace if default or not fields.n_shared_experts else 0
+    dense = fields.model.first_k_dense_replace if default or not fields.model.n_shared_experts else 0
+    modules = fields.mtp.num_nextn_predict_layers if default or fields.precision.recipe.startswith("fp8") else 0
     workdir = tmp_path / "run"
     code, out, err = runs.finish(runs.start([
         sys.executable, "-m", "research.main", f"--config={file}:smoke", f"--workdir={workdir}",
         f"--config.data.cache={cache}", f"--config.training.steps={steps}", "--config.data.max_documents=60",
         f"--config.model.scan_unroll={unroll}", f"--config.model.first_k_dense_replace={dense}",
-        "--config.data.validation_fraction=0.03", "--config.evaluation.samples=0"], cache))
+        f"--config.mtp.num_nextn_predict_layers={modules}", "--config.data.validation_fraction=0.03",
+        "--config.evaluation.samples=0"], cache))
     assert code == 0, err
     assert "bits per byte" in out and "Traceback" not in err
     losses = [line["next_token_loss"] for line in runs.lines(workdir, "train")]
     validation, = runs.lines(workdir, "validation")
-    assert len(losses) == steps and validation["step"] == steps and validation["mtp_accuracy"]
+    assert len(losses) == steps and validation["step"] == steps
+    assert len(validation["mtp_accuracy"]) == modules
     if steps == 20:
         assert max(losses[-3:]) < losses[0] - 1, losses
         assert validation["loss"] < losses[0] - 1

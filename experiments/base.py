@@ -164,6 +164,7 @@ def get_distillation_config() -> ConfigDict:
     t.seed = c.get_ref("seed") + 0
     t.operations = 3  # arithmetic
     t.digits = 1  # arithmetic: of the numbers it starts from
+    t.modulus = 0  # arithmetic: results are least remainders of it; 0: as they are
     t.generator = ""  # reasoning_gym: its name
     t.options = "{}"  # reasoning_gym: the generator's settings, as JSON
     t.files = ""  # files: globs of JSON lines separated by commas; GSM8K's as they are; "": for evaluation alone

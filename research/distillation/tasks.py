@@ -49,11 +49,11 @@ class Problem:
 class Task:
     """Where problems come from; the config's group `task`.
 
-    source: arithmetic (of `operations` on numbers of up to `digits` digits), reasoning_gym (`generator`, whose own
-    settings are `options`) or files. count: problems that are made, train and test together; of files 0 is all.
-    files, test_files: globs separated by commas; without test files, `test_fraction` of the problems is held out.
-    question_field, answer_field, solution_field: of a JSON line; no solution field: what stands before #### in the
-    answer, as in GSM8K. check: of files' answers, one of CHECKS.
+    source: arithmetic (of `operations` on numbers of up to `digits` digits, results modulo `modulus` unless that is 0),
+    reasoning_gym (`generator`, whose own settings are `options`) or files. count: problems that are made, train and
+    test together; of files 0 is all. files, test_files: globs separated by commas; without test files, `test_fraction`
+    of the problems is held out. question_field, answer_field, solution_field: of a JSON line; no solution field: what
+    stands before #### in the answer, as in GSM8K. check: of files' answers, one of CHECKS.
     """
 
     source: str
@@ -61,6 +61,7 @@ class Task:
     seed: int
     operations: int
     digits: int
+    modulus: int
     generator: str
     options: dict[str, Any]
     files: str
@@ -118,6 +119,9 @@ def _arithmetic(task: Task) -> list[Problem]:
     for name, value in (("count", task.count), ("operations", task.operations), ("digits", task.digits)):
         if value < 1:
             raise RequestError.field(f"task.{name}", value, "must be at least 1")
+    if task.modulus == 1 or task.modulus < 0:
+        raise RequestError.field("task.modulus", task.modulus, "must be at least 2, or 0 for results as they are")
+    ending = f" modulo {task.modulus}" if task.modulus else ""
     stream = np.random.Philox(key=[task.seed % 2**64, 0])
     found: dict[str, Problem] = {}
     for _ in range(_MOST_TRIES * task.count):
@@ -126,9 +130,9 @@ def _arithmetic(task: Task) -> list[Problem]:
         tree = _expression(lambda bound: int(stream.random_raw() % bound), task.operations, 10**task.digits)
         lines = [_written(tree)]
         while not isinstance(tree, int):
-            tree = _reduced(tree)
+            tree = _reduced(tree, task.modulus)
             lines.append(_written(tree))
-        question = f"Compute {lines[0]}."
+        question = f"Compute {lines[0]}{ending}."
         if question not in found:
             found[question] = Problem(question, lines[-1], "\n= ".join(lines), "numeric", f"arithmetic:{len(found)}")
     if len(found) < task.count:
@@ -153,14 +157,15 @@ def _written(tree) -> str:
     return str(tree) if isinstance(tree, int) else f"{operand(tree[0])} {tree[1]} {operand(tree[2])}"
 
 
-def _reduced(tree):
-    """The tree with one operation done: the first of those on two numbers."""
+def _reduced(tree, modulus: int):
+    """The tree with one operation done, the first of those on two numbers: its least remainder, unless modulus is 0."""
     left, operator, right = tree
     if not isinstance(left, int):
-        return _reduced(left), operator, right
+        return _reduced(left, modulus), operator, right
     if not isinstance(right, int):
-        return left, operator, _reduced(right)
-    return {"+": left + right, "-": left - right, "*": left * right}[operator]
+        return left, operator, _reduced(right, modulus)
+    result = {"+": left + right, "-": left - right, "*": left * right}[operator]
+    return result % modulus if modulus else result
 
 
 def _reasoning_gym(task: Task) -> list[Problem]:

@@ -9,7 +9,7 @@ from research.distillation.tasks import Task, split, train_and_test, without
 from research.errors import RequestError
 from tests.distillation import gym
 
-MADE = Task("arithmetic", 300, 0, 3, 2, "", {}, "", "", 0.2, "question", "answer", "", "numeric")
+MADE = Task("arithmetic", 300, 0, 3, 2, 0, "", {}, "", "", 0.2, "question", "answer", "", "numeric")
 
 
 def changed(**fields) -> Task:
@@ -30,6 +30,18 @@ def test_each_line_of_a_worked_solution_equals_the_answer():
         assert len(lines) == 4 and lines[-1] == problem.answer
         assert {eval(line) for line in lines} == {int(problem.answer)}, problem
         assert [sum(line.count(sign) for sign in "+*") + line.count(" - ") for line in lines] == [3, 2, 1, 0]
+
+
+def test_results_are_least_remainders_of_a_modulus():
+    problems = tasks._arithmetic(changed(digits=1, modulus=7))
+    for problem in problems:
+        lines = problem.solution.split("\n= ")
+        assert problem.question == f"Compute {lines[0]} modulo 7."
+        assert {eval(line) % 7 for line in lines} == {int(problem.answer)}, problem
+    assert {problem.answer for problem in problems} == set("0123456")
+    assert any(eval(problem.solution.split("\n= ")[0]) < 0 for problem in problems)  # so remainders are not C's
+    with pytest.raises(RequestError, match=r"config.task.modulus=1 must be at least 2, or 0"):
+        train_and_test(changed(modulus=1))
 
 
 def test_problems_depend_on_the_seed_alone():

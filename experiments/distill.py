@@ -16,7 +16,8 @@ Result: not yet run. Cost: not yet measured; experiments/LOG.md says what was tr
 
 from experiments import base
 
-SWEEP = {name: {"method": name} for name in ("reference", "reinforced", "distilled", "unverified", "logits")}
+SWEEP = {name: {"method": name} for name in ("reference", "reinforced", "distilled", "unverified", "logits")} | {
+    name: {"sampling.problems": problems} for name, problems in (("eighth", 750), ("quarter", 1500), ("half", 3000))}
 SMOKE = {
     "task.count": 200, "task.operations": 1, "cold_start.problems": 120, "cold_start.student_steps": 20,
     "reinforcement.teacher_steps": 4, "reinforcement.student_steps": 4, "reinforcement.questions": 4,

@@ -64,18 +64,20 @@ def trained(tables: dict, seeds: tuple[int, ...] | None, folder: Path) -> None:
     """Trains what the tables miss and writes them, one after another; every run is checked before the first."""
     from research.tables import runner, study
 
-    scale, sizes = _SCALE.value, _SIZES.value or study.SIZES[_SCALE.value]
+    scale, kinds = _SCALE.value, {name: runner.kind(table) for name, table in tables.items()}
+    known = list(dict.fromkeys(size for kind in kinds.values() for size in kind.SIZES[scale]))
+    sizes = _SIZES.value or known
     for size in sizes:
-        if size not in study.SIZES[scale]:
-            raise RequestError(f"--sizes={size}: {scale} has {', '.join(study.SIZES[scale])}")
+        if size not in known:
+            raise RequestError(f"--sizes={size}: {scale} has {', '.join(known)}")
     study.check_device(scale)
-    plans = {name: study.plan(table.STUDY, study.SIZES[scale], seeds or table.STUDY.seeds, _FIELDS.value,
-                              Path(_RUNS.value)) for name, table in tables.items()}
+    plans = {name: kinds[name].plan(table.STUDY, kinds[name].SIZES[scale], seeds or table.STUDY.seeds, _FIELDS.value,
+                                    Path(_RUNS.value)) for name, table in tables.items()}
     words = [f"--seeds={','.join(map(str, seeds))}"] if seeds else []
     words += [f"--config.{text}" for text in _FIELDS.value]
     for name, runs in plans.items():
-        study.train([run for run in runs if run.size in sizes])
-        figures = study.measure(tables[name].STUDY, runs)
+        kinds[name].train([run for run in runs if run.size in sizes])
+        figures = study.measure(tables[name].STUDY, runs, kinds[name].lines_of)
         rows = study.rows(tables[name].STUDY, figures)
         made = study.provenance(" ".join([f"python -m research.tables --table={name} --scale={scale}", *words]), runs,
                                 figures)

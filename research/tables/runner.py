@@ -1,9 +1,10 @@
 """A paper's table beside ours: its rows, and the three files that show them.
 
 A table is a module of this package with TITLE, SOURCE (paper and table), `draw(axes, rows)`, the picture of one scale's
-rows, and SCALES ({scale: function that gives its Rows}) or STUDY (trained models, see study.py). NOTES, where it has
-them, say what the sources leave open or get wrong. `results/NAME.json` holds the rows of every scale that was made, by
-scale, so that a run at one scale leaves the others as they stand; the Markdown and the picture show all of them.
+rows, and SCALES ({scale: function that gives its Rows}) or STUDY (trained models, see study.py) with KIND, the module
+that trains them, where that is not study.py. NOTES, where it has them, say what the sources leave open or get wrong.
+`results/NAME.json` holds the rows of every scale that was made, by scale, so that a run at one scale leaves the others
+as they stand; the Markdown and the picture show all of them.
 """
 
 import importlib
@@ -19,7 +20,7 @@ from research.errors import RequestError
 from research.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
-INFRASTRUCTURE = ("__main__", "runner", "study")
+INFRASTRUCTURE = ("__main__", "pipelines", "runner", "study")
 SCALES = ("analytic", "cpu", "gpu")
 
 
@@ -96,7 +97,14 @@ def machine(about: dict) -> str:
 
 def scales(table) -> tuple[str, ...]:
     """Those that a table has."""
-    return tuple(table.SCALES) if hasattr(table, "SCALES") else SCALES[1:]
+    return tuple(table.SCALES if hasattr(table, "SCALES") else kind(table).SIZES)
+
+
+def kind(table):
+    """The module that trains and measures a table's models."""
+    from research.tables import study
+
+    return getattr(table, "KIND", study)
 
 
 def write(name: str, scale: str, rows: list[Row], made: dict, folder: Path) -> None:

@@ -54,12 +54,28 @@ def of_batches(run, lines: list[dict]) -> float:
     return statistics.fmean(found[len(found) // 2:])
 
 
+def half_interval(run, found: dict) -> float:
+    """Of pass@1, of one run, in %."""
+    return 50 * (found["pass_at_1"]["high"] - found["pass_at_1"]["low"])
+
+
+def taught(run, found: dict) -> float | None:
+    """Samples that a distilled student learns from; None for other models."""
+    path = run.workdir.parent / "verification.json"
+    return json.loads(path.read_bytes())["counts"]["kept"] if run.workdir.name == "distilled" else None
+
+
 QUANTITIES = {  # name and unit of a figure: what reads it off a run and its metrics, and its decimals
     "bits per byte": (last("bits_per_byte"), 4),
     "validation loss": (last("loss"), 4),
     "MaxVio": (last("load_violation"), 3),
     "MaxVio of a batch": (of_batches, 3),
     "bytes of cache a token": (cache_bytes, 0),
+    "pass@1, %": (lambda run, found: 100 * found["pass_at_1"]["value"], 1),  # these of pipelines.py's runs
+    "± of one seed's pass@1 (95%), %": (half_interval, 1),
+    "pass@k, %": (lambda run, found: 100 * found["pass_at_k"], 1),
+    "training, TFLOP": (lambda run, found: found["flops"] / 1e12, 2),
+    "samples taught": (taught, 0),
 }
 
 
@@ -204,16 +220,20 @@ def _train(run: Run) -> None:
         jax.clear_caches()  # a process holds dozens of runs, each with programs of its own
 
 
-def measure(study: Study, runs: list[Run]) -> dict[tuple[str, str, str], dict[int, float]]:
-    """{(size, quantity, arm): {seed: figure}} of the sizes of which every run is finished."""
-    lines = {run: lines_of(run) for run in runs}
-    torn = {run.size for run in runs if lines[run] is None}
+def measure(study: Study, runs: list, lines_of=lines_of) -> dict[tuple[str, str, str], dict[int, float]]:
+    """{(size, quantity, arm): {seed: figure}} of the sizes of which every run is finished; without figures of None.
+
+    lines_of: what is known of a finished run, None of any other.
+    """
+    lines = {(run.size, run.arm, run.seed): lines_of(run) for run in runs}
+    torn = {size for (size, _, _), found in lines.items() if found is None}
     found: dict = {}
     for run in runs:
         if run.size not in torn:
             for quantity in study.quantities:
-                read = QUANTITIES[quantity][0]
-                found.setdefault((run.size, quantity, run.arm), {})[run.seed] = read(run, lines[run])
+                figure = QUANTITIES[quantity][0](run, lines[run.size, run.arm, run.seed])
+                if figure is not None:
+                    found.setdefault((run.size, quantity, run.arm), {})[run.seed] = figure
     return found
 
 
@@ -222,7 +242,7 @@ def rows(study: Study, found: dict) -> list[Row]:
     sizes, table = list(dict.fromkeys(size for size, _, _ in found)), []
     for size in sizes:
         for quantity in study.quantities:
-            for arm in study.arms:
+            for arm in (arm for arm in study.arms if (size, quantity, arm) in found):
                 figures = found[size, quantity, arm]
                 table.append(Row(f"{size}: {arm}", quantity, study.paper.get((quantity, arm)),
                                  **_spread(figures.values(), quantity), how=_seeds(figures)))

@@ -16,7 +16,8 @@ from tests.tables.test_tables import PNG
 from tests.tables.test_tables import run as answer
 from tests.training import runs
 
-TRAINED = [name for name in runner.names() if hasattr(runner.load(name), "STUDY")]
+TRAINED = [name for name in runner.names() if hasattr(runner.load(name), "STUDY")
+           and runner.kind(runner.load(name)) is study]
 PAIR = Study("mtp", ("depth_0", "depth_1"), ("bits per byte", "MaxVio", "MaxVio of a batch"),
              (Claim("bits per byte", "depth_1", "depth_0", -0.001, "here"),))
 FIELDS = [f"{name}={value}" for name, value in (runs.MICRO | {  # one dense layer: compiled in seconds

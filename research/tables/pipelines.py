@@ -1,0 +1,129 @@
+"""What a table of distilled students is made of: a pipeline of research.distill for each seed, judged as study.py does.
+
+All models of a seed stand in `runs/tables/EXPERIMENT/SIZE/SEED`, a folder of research.distill: the teacher, and a
+student of each method. An arm that is no method, such as one that learns from a part of the samples, has its student in
+`SEED-ARM`, which begins with the samples and the base of SEED. A killed pipeline goes on where it was; a finished model
+is taken as it is, unless the config has changed: then the whole seed is made again.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from absl import logging
+
+from experiments import base
+from research import experiment
+from research.distillation.evaluate import NAMES
+from research.distillation.settings import METHODS, Settings, check
+from research.errors import RunError
+from research.files import write_whole
+from research.tables.runner import ROOT
+from research.tables.study import Study
+
+SIZES = {"cpu": ("small",)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model of a pipeline: the settings that make it and where it lies, a folder in one of research.distill."""
+
+    size: str
+    arm: str
+    seed: int
+    settings: Settings
+    workdir: Path
+
+    def __str__(self) -> str:
+        return f"{self.arm}-{self.seed} ({self.size})"
+
+    @property
+    def steps(self) -> int:
+        """At which it is finished."""
+        s = self.settings
+        return {"cold_start": s.teacher.training.steps, "teacher": s.reinforcement.teacher_steps,
+                "base": s.cold_start.student_steps, "reinforced": s.reinforcement.student_steps,
+                }.get(self.workdir.name, s.student.training.steps)
+
+
+def plan(study: Study, sizes: Iterable[str], seeds: Iterable[int], fields: Iterable[str], folder: Path) -> list[Run]:
+    """Every model, all arms of a seed before the next seed; `fields` are `group.field=value` of every arm.
+
+    Raises RequestError for a wrong one before anything is trained.
+    """
+    seeds, runs = tuple(seeds), []
+    for size in sizes:
+        for seed in seeds:
+            for arm in sorted(study.arms, key=lambda arm: arm not in NAMES):  # parts: of samples that are there
+                own = arm not in NAMES
+                of_file = arm if own or arm in METHODS else ""  # the teacher and the base are of any
+                chosen = experiment.load(f"{ROOT}/experiments/{study.experiment}.py:{of_file}")
+                chosen = experiment.change(chosen, [*fields, f"seed={seed}"], base.get_distillation_config())
+                place = folder / study.experiment / size
+                workdir = place / f"{seed}-{arm}" / chosen.method if own else place / str(seed) / arm
+                runs.append(Run(size, arm, seed, check(chosen), workdir))
+    return runs
+
+
+def changed(run: Run) -> str:
+    """The first field in which the config of the run's pipeline differs; nothing where none does."""
+    path = run.workdir.parent / "config.json"
+    before = experiment.flatten(json.loads(path.read_bytes())) if path.exists() else run.settings.fields
+    return next((f"config.{name} was {before.get(name)} and is {value}" for name, value in run.settings.fields.items()
+                 if name != "method" and before.get(name) != value), "")
+
+
+def lines_of(run: Run) -> dict | None:
+    """What research.distill found of a model that is finished under this config; None for any other."""
+    path = run.workdir.parent / "results.json"
+    if not path.exists() or changed(run):
+        return None
+    found = json.loads(path.read_bytes())["models"].get(run.workdir.name)
+    return found if found and found["step"] == run.steps else None
+
+
+def train(runs: list[Run]) -> None:
+    """Makes those that are not finished, one after another.
+
+    Raises RunError with the run's name where one fails; Stopped passes through, after its run is saved.
+    """
+    missing = [run for run in runs if lines_of(run) is None]
+    for number, run in enumerate(missing):
+        if lines_of(run) is None:  # another of its pipeline may have made it
+            logging.info("%s: %d of %d models are done", run, len(runs) - len(missing) + number, len(runs))
+            _train(run)
+
+
+def _train(run: Run) -> None:
+    import jax
+
+    from research import distill
+    from research.distillation import stages
+
+    pipeline, whole = run.workdir.parent, run.workdir.parent.with_name(str(run.seed))
+    if other := changed(run):
+        logging.info("%s: %s: made again", run, other)
+        shutil.rmtree(pipeline)
+    names = distill.STAGES
+    if pipeline != whole:
+        names = names[names.index("verify"):]
+        _begin(run, whole)
+    try:
+        stages.run(run.settings, pipeline, names)
+    except RunError as error:
+        raise RunError(f"{run}: {error}") from error
+    finally:
+        jax.clear_caches()  # a process holds many runs, each with programs of its own
+
+
+def _begin(run: Run, whole: Path) -> None:
+    """What a part begins with: the base of the whole pipeline, what it says, and the first of the samples."""
+    pipeline, s = run.workdir.parent, run.settings.sampling
+    (pipeline / "evaluation").mkdir(parents=True, exist_ok=True)
+    shutil.copytree(whole / "base", pipeline / "base", dirs_exist_ok=True)
+    for path in whole.glob("evaluation/base-*.jsonl"):
+        shutil.copy(path, pipeline / "evaluation")
+    lines = (whole / "samples.jsonl").read_text("utf-8").split("\n")[:s.problems * s.samples]
+    write_whole(pipeline / "samples.jsonl", "".join(f"{line}\n" for line in lines))

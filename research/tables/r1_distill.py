@@ -7,15 +7,15 @@ from research.tables.study import Claim, Study
 TITLE = "Distillation against reinforcement of the small model"
 SOURCE = "DeepSeek-R1 v1 (2501.12948v1) Table 6, AIME 2024 pass@1 at 32B; R1's own row: Table 4"
 NOTES = (
-    "The paper's students are Qwen2.5-32B, its test AIME 2024; ours have 0.1M parameters and do sums: experiments/"
-    "distill.py says which. Arms without a figure are not in the paper's table.",
+    "The paper's students are Qwen2.5-32B, its test AIME 2024; ours have 0.2M parameters and do sums modulo 10: "
+    "experiments/distill.py says which. Arms without a figure are not in the paper's table.",
     "Students of one seed start from the same weights and train for about the same operations, rollouts included.",
     "A claim is judged by a paired t-interval over seeds, each at 95%, uncorrected. One seed's interval is over its "
     "problems and samples.",
 )
 KIND = pipelines
 PASS = "pass@1, %"
-PARTS = ("eighth", "quarter", "half")
+PARTS = ("problems_320", "problems_1280")
 STUDY = Study(
     "distill", ("teacher", "base", "reference", "reinforced", "distilled", "unverified", "logits", *PARTS),
     (PASS, "± of one seed's pass@1 (95%), %", "pass@k, %", "training, TFLOP", "samples taught"),

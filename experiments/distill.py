@@ -10,8 +10,8 @@ the answer is right, than when it is reinforced itself? Arms, all from the same 
     python -m research.distill --config=experiments/distill.py:smoke --stage=all --workdir=runs/distill_smoke
 Task: two operations on digits modulo 10, written out one a line; who always says 0 is right in one of six cases. The
 teacher is a DeepSeek-V3 of 0.9M parameters, the students are Qwen2-shaped, of 0.2M; after the worked solutions these
-have the form and hardly the sums, so that a reward tells them little. 125 reinforced updates cost a student about what
-its 700 steps of fine-tuning do, rollouts included; the report has the operations of both. `problems_320` and
+have the form and hardly the sums, so that a reward tells them little. 120 reinforced updates cost a student about what
+its 600 steps of fine-tuning do, rollouts included; the report has the operations of both. `problems_320` and
 `problems_1280` learn as `distilled` does from the samples of the first so many problems, in folders of their own.
 Three seeds of all arms, judged: python -m research.tables --table=r1_distill --scale=cpu
 Claims, written before the arms were run: distilled above reinforced (R1 v1 Table 6: 72.6 and 47.0 on AIME 2024), the
@@ -44,7 +44,7 @@ def get_config(arms: str = ""):
     c = base.get_distillation_config()
     c.task.update(dict(count=6000, operations=2, modulus=10))
     c.cold_start.update(dict(problems=4000, student_steps=300))
-    c.reinforcement.update(dict(teacher_steps=60, student_steps=125, max_tokens=32))
+    c.reinforcement.update(dict(teacher_steps=60, student_steps=120, max_tokens=32))
     c.sampling.update(dict(samples=2, max_tokens=32))
     c.evaluation.update(dict(samples=4, max_tokens=32, greedy=False))
     c.teacher.model.update(dict(
@@ -55,13 +55,13 @@ def get_config(arms: str = ""):
         attention="gqa", attention_bias=True, n_routed_experts=0, tie_word_embeddings=True, rope_theta=1e6,
         hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         head_dim=24))
-    c.teacher.training.steps, c.student.training.steps = 1000, 700
+    c.teacher.training.steps, c.student.training.steps = 900, 600
     for model in (c.teacher, c.student):
         model.model.update(dict(max_position_embeddings=1024, initializer_range=0.02))
         model.mtp.num_nextn_predict_layers = 0
-        model.data.sequence_length = 256
-        model.training.batch_size = 8
+        model.data.sequence_length = 52  # an example a row: attention over many of them would cost more than the rest
+        model.training.batch_size = 44
         model.optimizer.update(dict(learning_rate=2e-3 if model is c.teacher else 4e-3, warmup_fraction=0.05))
-        model.evaluation.update(dict(batch_size=16, samples=0))
+        model.evaluation.update(dict(batch_size=64, samples=0))
         model.checkpoint.update(dict(every_steps=100, keep_best=0))
     return base.select(c, arms, SWEEP, SMOKE)

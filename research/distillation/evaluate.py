@@ -1,5 +1,6 @@
 """How good the models of a folder are: estimates from their responses, and the report of all of them."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from research.distillation.sample import Sample
 from research.distillation.settings import METHODS, Settings
 from research.distillation.tasks import Problem
 from research.distillation.template import final_answer, well_formed
-from research.distillation.verify import Checker, number
+from research.distillation.verify import Checker
 from research.errors import RequestError
 from research.experiment import flatten
 from research.files import write_whole
@@ -38,16 +39,17 @@ def estimates(samples: dict[str, list[Sample]], problems: Sequence[Problem], che
         answers, right = [[] for _ in problems], [[] for _ in problems]
         for line in lines:
             problem, answer = problems[place[line.problem]], final_answer(line.text)
-            answers[place[line.problem]].append(_spelt(problem, answer))
+            answers[place[line.problem]].append(answer)
             right[place[line.problem]].append(checker.right(problem, answer))
         k = len(right[0])
         if kind == "greedy":
             found["greedy"] = estimate.pass_at_1(right)._asdict()
             continue
         lengths = [line.tokens for line in lines]
+        votes = [_votes(*each, checker) for each in zip(problems, answers, right, strict=True)]
         found |= {
             "k": k, "pass_at_1": estimate.pass_at_1(right)._asdict(), "pass_at_k": estimate.pass_at_k(right, k),
-            "cons_at_k": estimate.cons_at_k(answers, right, k), "ended": float(np.mean([x.ended for x in lines])),
+            "cons_at_k": estimate.cons_at_k(votes, right, k), "ended": float(np.mean([x.ended for x in lines])),
             "well_formed": float(np.mean([well_formed(x.text) for x in lines])), "tokens": float(np.mean(lengths)),
             "tokens_by_decile": np.percentile(lengths, range(0, 101, 10)).tolist()}
     return found
@@ -157,9 +159,20 @@ def _made(settings: Settings) -> list[str]:
             "experiments/base.py:\n", *changed, ""]
 
 
-def _spelt(problem: Problem, answer: str | None) -> str | None:
-    """The answer as votes are counted: numbers by their value, others without blanks."""
-    if answer is None:
-        return None
-    value = number(answer) if problem.check == "numeric" else None
-    return str(value) if value is not None else "".join(answer.split())
+def _votes(problem: Problem, answers: Sequence[str | None], right: Sequence[bool], checker: Checker) -> list:
+    """The answers as votes are counted, equal ones spelt alike: those that are right as the reference, others as the
+    first that they equal: numbers by value, formulae by the checker, the rest up to blanks. None has no vote."""
+    found: list[str | None] = []
+    for answer, is_right in zip(answers, right, strict=True):
+        if answer is None or is_right:
+            found.append(None if answer is None else problem.answer)
+            continue
+        known = dict.fromkeys(other for other in found if other not in (None, problem.answer))
+        found.append(next((other for other in known if _equal(problem, other, answer, checker)), answer))
+    return found
+
+
+def _equal(problem: Problem, one: str, other: str, checker: Checker) -> bool:
+    if problem.check == "reasoning_gym":  # its scorer knows the reference alone
+        return "".join(one.split()) == "".join(other.split())
+    return one == other or checker.right(dataclasses.replace(problem, answer=one), other)

@@ -36,6 +36,18 @@ def test_estimates_by_hand(found):
     assert found["tokens_by_decile"][0] == 10 and found["tokens_by_decile"][-1] == 40
 
 
+@pytest.mark.parametrize(("check", "reference", "answers", "cons"), [
+    ("latex", "\\frac{1}{2}", ["0.5", "3", "\\frac{2}{4}", "3 "], 0.5),  # two votes each
+    ("latex", "7", ["\\frac{1}{2}", "0.5", "7"], 0.0), ("latex", "7", ["0.5", "0.6", "7", "7.0"], 1.0),
+    ("numeric", "7", ["1,000", "1000.0", "7"], 0.0), ("numeric", "7", ["one", "one", "7"], 0.0),
+])
+def test_equal_answers_vote_together(check, reference, answers, cons):
+    problem = Problem("?", reference, "", check, "a")
+    with Checker(20.0) as checker:
+        lines = [said(problem, number, answer, 1) for number, answer in enumerate(answers)]
+        assert evaluate.estimates({"sampled": lines}, [problem], checker)["cons_at_k"] == cons
+
+
 def test_a_rollouts_operations_are_counted_with_the_updates(tmp_path):
     s = tiny.settings(tiny.DENSE)
     lines = [{"step": 1, "split": "train", "tokens": 100, "forward_tokens": 60},

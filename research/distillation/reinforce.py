@@ -7,6 +7,7 @@ without a reward model). In order: `Rollouts.batch` draws, rewards and scores; `
 import hashlib
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,7 @@ from research.interop.weights import initial_variables
 from research.model.build import make_model
 from research.training.losses import cross_entropy
 from research.training.step import apply_model, loads_of
+from research.tree import map_paths, paths
 
 _MULTIPLE = 8  # of a row's length
 
@@ -41,9 +43,11 @@ class Rollouts:
     validation = SimpleNamespace(targets=0)
 
     def __init__(self, problems: Sequence[Problem], tokenizer: Tokenizer, template: Template, checker: Checker,
-                 reinforcement: Any, settings: Any):
-        """settings: of the model, see `settings_of`; reinforcement: the config's group. Raises RequestError."""
+                 reinforcement: Any, settings: Any, folder: Path):
+        """settings: of the model, see `settings_of`; reinforcement: the config's group; folder: where references are
+        kept that have taken the first one's place. Raises RequestError."""
         self.tokenizer, self.checker, self.config, self.settings = tokenizer, checker, reinforcement, settings
+        self.folder = folder
         texts = {problem.digest: template.prompt(problem.question) for problem in problems}
         self.prompts = {digest: [*tokenizer.start_ids, *tokenizer.encode(text).tolist()]
                         for digest, text in texts.items()}
@@ -71,6 +75,7 @@ class Rollouts:
         variables = initial_variables(model, settings)
         self.decoder = Decoder(model, variables)
         self._reference = jax.device_put(variables) if self.config.kl_weight else None
+        self._renewed = 0
         self._scores = jax.jit(partial(token_logp, model=model, settings=settings, temperature=self.config.temperature))
         self._drawn = None
         return Batches(self.batch, {"corpus": self.corpus_hash, "tokenizer": self.tokenizer.hash})
@@ -105,8 +110,36 @@ class Rollouts:
         if self.config.minibatches * self.config.epochs > 1:  # else the policy is still the one that drew
             batch["old_logp_BT"] = self._score(policy, batch)
         if self._reference:
+            self._renew(number, policy)
             batch["reference_logp_BT"] = self._score(self._reference, batch)
         return batch
+
+    def _renew(self, number: int, policy: dict) -> None:
+        """The reference of batch `number`: the policy as it was at the last multiple of `reference_every` batches.
+
+        Each is kept on the disk for a run that goes on between two of them; not those that lie behind the checkpoints.
+        """
+        every = self.config.reference_every
+        due = number // every * every if every else 0
+        if due == self._renewed:
+            return
+        path = self.folder / f"{due}.npz"
+        if due == number:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part")
+            with part.open("wb") as file:
+                np.savez(file, **{name: np.asarray(leaf) for name, leaf in paths(policy).items()})
+            part.replace(path)
+            saved = self.settings.checkpoint.every_steps // (self.config.minibatches * self.config.epochs)
+            for old in self.folder.glob("*.npz"):
+                if saved and int(old.stem) < due - every - 2 * saved:
+                    old.unlink()
+        elif not path.exists():
+            raise RequestError.field("reinforcement.reference_every", every, f"needs {path}, the policy before batch "
+                                     f"{due + 1}: restore it, or remove the run's checkpoints to start anew")
+        with np.load(path) as found:
+            self._reference = map_paths(lambda name, _: jnp.asarray(found[name]), self._reference)
+        self._renewed = due
 
     def _score(self, variables: dict, batch: Batch) -> np.ndarray:
         """As many rows at a time as an update has: no pass is wider than those of training."""

@@ -250,7 +250,7 @@ class Pipeline:
         with named(name):
             settings = reinforce.settings_of(getattr(self.settings, name), reinforcement, steps, start)
             rollouts = reinforce.Rollouts(self.training, self._tokenizer(settings, start), self.settings.template,
-                                          self.checker, reinforcement, settings)
+                                          self.checker, reinforcement, settings, self.workdir / folder / "references")
             loop.train(settings, self.workdir / folder, corpus=rollouts, evaluate=rollouts.evaluate,
                        loss=partial(reinforce.policy_loss, reinforcement=reinforcement))
 

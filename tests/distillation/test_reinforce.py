@@ -19,7 +19,7 @@ from tests import tiny
 TOKENIZER = Tokenizer(_bytes())
 PROBLEMS = [Problem(f"{n}+{n}", str(2 * n), "", "numeric", f"sum:{n}") for n in range(9)]
 CONFIG = SimpleNamespace(questions=2, group_size=3, minibatches=2, epochs=2, max_tokens=24, temperature=0.5,
-                         form="token", clip=0.2, kl_weight=0.1)
+                         form="token", clip=0.2, kl_weight=0.1, reference_every=0)
 
 
 class Scripted:
@@ -37,29 +37,38 @@ class Scripted:
         return Generation(rows, 1, [], 0.0, 1.0)
 
 
-def rollouts(config=CONFIG, **changes):
+def rollouts(config=CONFIG, folder=None, **changes):
     s = tiny.settings(tiny.DENSE | {"model.vocab_size": 320, "model.max_position_embeddings": 64,
                                     "data.validation_fraction": 0.1} | changes)
-    return s, reinforce.Rollouts(PROBLEMS, TOKENIZER, TEMPLATES["plain"], Checker(1.0), config, s)
+    return s, reinforce.Rollouts(PROBLEMS, TOKENIZER, TEMPLATES["plain"], Checker(1.0), config, s, folder)
+
+
+def state_of(mark: float) -> dict:
+    return {"params": {"w": mark}, "routing": {}, "ema": None}
 
 
 @pytest.fixture
-def drawn(monkeypatch):
-    """(rollouts with a scripted decoder, a state of marked weights); scores are the weights' mark."""
-    monkeypatch.setattr(reinforce, "initial_variables", lambda model, settings: {"params": -7.0, "routing": {}})
+def scripted(monkeypatch):
+    """A decoder by its script; scores are the weights' mark, of the first ones -7."""
+    monkeypatch.setattr(reinforce, "initial_variables", lambda model, settings: {"params": {"w": -7.0}, "routing": {}})
     monkeypatch.setattr(reinforce, "Decoder", lambda *_: Scripted([
         ("t</think>\\boxed{0}", True), ("t</think>\\boxed{1}", True), ("t</think>\\boxed{0}", False),
         ("?", True), ("?", True), ("?", False)]))
     monkeypatch.setattr(reinforce, "token_logp", lambda variables, batch, **_: jnp.full(
-        batch["tokens_BT"].shape, variables["params"]))
+        batch["tokens_BT"].shape, variables["params"]["w"]))
+
+
+@pytest.fixture
+def drawn(scripted):
+    """(rollouts, their batches, a state of marked weights)."""
     s, found = rollouts()
     found.problems = [PROBLEMS[0], PROBLEMS[0]]  # two questions of the answer 0
-    return found, found.train_batches(s), {"params": -1.0, "routing": {}, "ema": None}
+    return found, found.train_batches(s), state_of(-1.0)
 
 
 def test_a_batch_by_hand(drawn):
     found, batches, state = drawn
-    parts = [batches.take(state | {"params": -1.0 - step}) for step in range(4)]
+    parts = [batches.take(state_of(-1.0 - step)) for step in range(4)]
     whole = {name: np.concatenate([parts[0][name], parts[1][name]]) for name in parts[0]}
     # right and formed; formed; right, but it does not end; then a group in which all are alike
     expected = np.concatenate([np.asarray(grpo.group_advantages([[2.0, 1, 1]]))[0], np.zeros(3)])
@@ -82,8 +91,8 @@ def test_a_batch_by_hand(drawn):
 def test_the_next_batch_is_of_the_policy_as_it_is_then(drawn):
     found, batches, state = drawn
     for step in range(5):
-        batch = batches.take(state | {"params": -1.0 - step})
-    assert [policy["params"] for policy in found.decoder.policies] == [-1.0, -5.0]
+        batch = batches.take(state_of(-1.0 - step))
+    assert [policy["params"]["w"] for policy in found.decoder.policies] == [-1.0, -5.0]
     assert np.all(batch["old_logp_BT"] == -5) and np.all(batch["reference_logp_BT"] == -7)
     seeds = [seed for _, seed in found.decoder.prompts]
     assert len(set(seeds[:6])) == 1 and seeds[0] != seeds[6]
@@ -91,6 +100,31 @@ def test_the_next_batch_is_of_the_policy_as_it_is_then(drawn):
     assert record["step"] == 5
     with pytest.raises(RequestError, match="has learned from another corpus"):
         batches.set_state(record | {"corpus": "another"})
+
+
+def references(folder, steps, start=0, **changes) -> list[float]:
+    """The marks of the references of updates `start` + 1 to `steps`, whose policies' marks are -1, -2, ..."""
+    config = SimpleNamespace(**CONFIG.__dict__ | {"reference_every": 2, "epochs": 1})  # two updates a batch
+    s, found = rollouts(config, folder, **changes)
+    batches = found.train_batches(s)
+    if start:
+        batches.set_state(batches.get_state() | {"step": start})
+    return [float(batches.take(state_of(-1.0 - step))["reference_logp_BT"][0, 0]) for step in range(start, steps)]
+
+
+def test_the_reference_is_renewed_and_a_run_that_goes_on_finds_it(scripted, tmp_path):
+    whole = references(tmp_path / "a", 16)
+    assert whole == [-7] * 4 + [-5] * 4 + [-9] * 4 + [-13] * 4
+    for start in (3, 4, 6, 8, 11):
+        assert references(tmp_path / "a", 16, start) == whole[start:]
+    (tmp_path / "a/4.npz").unlink()
+    with pytest.raises(RequestError, match=r"reinforcement\.reference_every=2 needs .*4\.npz, the policy before batch 5"):
+        references(tmp_path / "a", 16, 10)
+
+
+def test_references_behind_the_checkpoints_are_removed(scripted, tmp_path):
+    references(tmp_path, 40, **{"checkpoint.every_steps": 4})  # at batches 2, 4, ...: two of them reach back to 14
+    assert sorted(int(path.stem) for path in tmp_path.iterdir()) == [12, 14, 16, 18]
 
 
 def test_questions_come_in_turn_each_epoch_in_another_order():

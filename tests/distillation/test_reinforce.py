@@ -118,7 +118,7 @@ def test_the_reference_is_renewed_and_a_run_that_goes_on_finds_it(scripted, tmp_
     for start in (3, 4, 6, 8, 11):
         assert references(tmp_path / "a", 16, start) == whole[start:]
     (tmp_path / "a/4.npz").unlink()
-    with pytest.raises(RequestError, match=r"reinforcement\.reference_every=2 needs .*4\.npz, the policy before batch 5"):
+    with pytest.raises(RequestError, match=r"reference_every=2 needs .*4\.npz, the policy before batch 5"):
         references(tmp_path / "a", 16, 10)
 
 

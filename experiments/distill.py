@@ -44,8 +44,8 @@ def get_config(arms: str = ""):
     c = base.get_distillation_config()
     c.task.update(dict(count=6000, operations=2, modulus=10))
     c.cold_start.update(dict(problems=4000, student_steps=300))
-    c.reinforcement.update(dict(teacher_steps=60, student_steps=120, max_tokens=32))
-    c.sampling.update(dict(samples=2, max_tokens=32))
+    c.reinforcement.update(dict(teacher_steps=40, student_steps=120, max_tokens=32))
+    c.sampling.update(dict(problems=3200, samples=2, max_tokens=32))
     c.evaluation.update(dict(samples=4, max_tokens=32, greedy=False))
     c.teacher.model.update(dict(
         hidden_size=128, intermediate_size=352, num_hidden_layers=3, num_attention_heads=4, kv_lora_rank=64,
@@ -55,7 +55,7 @@ def get_config(arms: str = ""):
         attention="gqa", attention_bias=True, n_routed_experts=0, tie_word_embeddings=True, rope_theta=1e6,
         hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         head_dim=24))
-    c.teacher.training.steps, c.student.training.steps = 900, 600
+    c.teacher.training.steps, c.student.training.steps = 600, 600
     for model in (c.teacher, c.student):
         model.model.update(dict(max_position_embeddings=1024, initializer_range=0.02))
         model.mtp.num_nextn_predict_layers = 0

@@ -49,14 +49,15 @@ class Run:
 
 
 def plan(study: Study, sizes: Iterable[str], seeds: Iterable[int], fields: Iterable[str], folder: Path) -> list[Run]:
-    """Every model, all arms of a seed before the next seed; `fields` are `group.field=value` of every arm.
+    """Every model, all of a seed before the next seed, parts of samples last of all; `fields` are of every arm.
 
+    fields: `group.field=value`.
     Raises RequestError for a wrong one before anything is trained.
     """
     seeds, runs = tuple(seeds), []
     for size in sizes:
         for seed in seeds:
-            for arm in sorted(study.arms, key=lambda arm: arm not in NAMES):  # parts: of samples that are there
+            for arm in study.arms:
                 own = arm not in NAMES
                 of_file = arm if own or arm in METHODS else ""  # the teacher and the base are of any
                 chosen = experiment.load(f"{ROOT}/experiments/{study.experiment}.py:{of_file}")
@@ -64,15 +65,16 @@ def plan(study: Study, sizes: Iterable[str], seeds: Iterable[int], fields: Itera
                 place = folder / study.experiment / size
                 workdir = place / f"{seed}-{arm}" / chosen.method if own else place / str(seed) / arm
                 runs.append(Run(size, arm, seed, check(chosen), workdir))
-    return runs
+    return sorted(runs, key=lambda run: run.arm not in NAMES)  # parts: of samples that are there
 
 
 def changed(run: Run) -> str:
     """The first field in which the config of the run's pipeline differs; nothing where none does."""
     path = run.workdir.parent / "config.json"
-    before = experiment.flatten(json.loads(path.read_bytes())) if path.exists() else run.settings.fields
-    return next((f"config.{name} was {before.get(name)} and is {value}" for name, value in run.settings.fields.items()
-                 if name != "method" and before.get(name) != value), "")
+    before = experiment.flatten(base.get_distillation_config().to_dict())  # a field that came later: as it was
+    before |= experiment.flatten(json.loads(path.read_bytes())) if path.exists() else run.settings.fields
+    return next((f"config.{name} was {before[name]} and is {value}" for name, value in run.settings.fields.items()
+                 if name != "method" and before[name] != value), "")
 
 
 def lines_of(run: Run) -> dict | None:

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from experiments import base
-from research import distill, experiment
+from research import distill, experiment, plots
 from research.command import Stopped
 from research.distillation import reinforce, sample, stages
 from research.distillation.settings import check
 from research.distillation.template import final_answer
 from research.errors import RequestError
+from research.studies.distillation import Distilled
 from tests.commands import exit_code
 from tests.training import runs
 
@@ -103,6 +104,18 @@ def test_the_reward_rises(whole):
     """Seeds 0 to 2, means of 5 updates: 0.82, 0.84, 0.88 at first, 0.99, 0.96, 1.04 at last."""
     rewards = [line["reward"] for line in runs.lines(whole[0] / "teacher", "train")]
     assert len(rewards) == 30 and sum(rewards[-10:]) / 10 > sum(rewards[:5]) / 5 + 0.08, rewards
+
+
+def test_a_notebook_shows_the_way_of_a_sample(whole):
+    run = Distilled(str(whole[0]))
+    told, answers = run.told(), run.answers("base", "distilled", "teacher")
+    assert told.startswith("Question: Compute ") and "--- sample 0, " in told and "--- sample 1, " in told
+    assert "right, taught" in told and "wrong, not taught" in told and "wrong, taught" not in told
+    assert answers.index("--- base, ") < answers.index("--- distilled, ") < answers.index("--- teacher, right\n")
+    counts = json.loads((whole[0] / "verification.json").read_text())["counts"]
+    assert len(run.kept) == counts["kept"] and sum(map(run.right, run.samples)) == 80 - counts["wrong"]
+    for draw in (run.draw_verdicts, lambda axes: run.draw_rewards(axes, "teacher")):
+        assert plots.png(lambda axes, draw=draw: draw(axes[0])).startswith(b"\x89PNG")
 
 
 def test_a_student_starts_from_the_base_and_a_teacher_from_its_cold_start(whole):

@@ -4,9 +4,11 @@ import json
 
 import pytest
 
+from research import plots
 from research.distillation import stages
 from research.distillation.evaluate import NAMES
 from research.errors import RequestError, RunError
+from research.studies import distillation
 from research.tables import pipelines, r1_distill, runner, study
 from tests.tables.test_tables import PNG
 from tests.tables.test_tables import run as answer
@@ -48,7 +50,7 @@ def pretended(monkeypatch):
 
 def test_every_method_stands_in_its_seeds_pipeline_and_every_part_in_its_own(tmp_path):
     runs = planned(tmp_path)
-    assert [run.seed for run in runs] == [0] * 9 + [1] * 9
+    assert [run.seed for run in runs] == [0] * 7 + [1] * 7 + [0] * 2 + [1] * 2
     for run in runs:
         own = run.arm not in NAMES
         assert run.workdir == tmp_path / "distill/small" / (f"{run.seed}-{run.arm}/distilled" if own else
@@ -78,6 +80,11 @@ def test_a_part_begins_with_the_base_and_the_first_samples(tmp_path, pretended):
 def test_what_is_finished_is_taken_and_what_has_changed_is_made_again(tmp_path, pretended):
     pipelines.train(planned(tmp_path, seeds=(0,)))
     pretended.clear()
+    pipelines.train(planned(tmp_path, seeds=(0,)))
+    assert not pretended
+    config = json.loads((tmp_path / "distill/small/0/config.json").read_text())
+    del config["reinforcement"]["reference_every"]  # as an older version left it
+    (tmp_path / "distill/small/0/config.json").write_text(json.dumps(config))
     pipelines.train(planned(tmp_path, seeds=(0,)))
     assert not pretended
     (tmp_path / "distill/small/0/results.json").write_text('{"models": {}}')  # killed before its evaluation
@@ -117,6 +124,11 @@ def test_the_table(tmp_path, pretended, capsys):
     assert "| small: distilled less reinforced | pass@1, % | 25.6 | 0.0 | within noise |" in page
     assert page.count("samples taught") == 3 and "some EPYC" in page and "seeds 0, 1, 2" in page
     assert (folder / "r1_distill.png").read_bytes().startswith(PNG)
+    found = distillation.of_table(str(folder / "r1_distill.json"))
+    assert found["pass@1, %"]["distilled"]["ours"] == pytest.approx(40) and len(found["samples taught"]) == 3
+    for draw in (lambda axes: distillation.draw_samples(axes[0], found),
+                 lambda axes: distillation.draw_students(axes[0], found, "base", "distilled")):
+        assert plots.png(draw).startswith(PNG)
     assert runner.scales(r1_distill) == ("cpu",)
     assert answer("--table=r1_distill", "--scale=cpu", "--sizes=micro") == 2
     assert "--sizes=micro: cpu has small" in capsys.readouterr().err

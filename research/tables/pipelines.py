@@ -6,6 +6,7 @@ student of each method. An arm that is no method, such as one that learns from a
 is taken as it is, unless the config has changed: then the whole seed is made again.
 """
 
+import functools
 import json
 import shutil
 from collections.abc import Iterable
@@ -49,9 +50,8 @@ class Run:
 
 
 def plan(study: Study, sizes: Iterable[str], seeds: Iterable[int], fields: Iterable[str], folder: Path) -> list[Run]:
-    """Every model, all of a seed before the next seed, parts of samples last of all; `fields` are of every arm.
+    """Every model, all of a seed before the next seed, parts of samples last; `fields` are `group.field=value`.
 
-    fields: `group.field=value`.
     Raises RequestError for a wrong one before anything is trained.
     """
     seeds, runs = tuple(seeds), []
@@ -71,10 +71,16 @@ def plan(study: Study, sizes: Iterable[str], seeds: Iterable[int], fields: Itera
 def changed(run: Run) -> str:
     """The first field in which the config of the run's pipeline differs; nothing where none does."""
     path = run.workdir.parent / "config.json"
-    before = experiment.flatten(base.get_distillation_config().to_dict())  # a field that came later: as it was
-    before |= experiment.flatten(json.loads(path.read_bytes())) if path.exists() else run.settings.fields
+    if not path.exists():
+        return ""
+    before = _defaults() | experiment.flatten(json.loads(path.read_bytes()))  # a field that came later: as it was
     return next((f"config.{name} was {before[name]} and is {value}" for name, value in run.settings.fields.items()
                  if name != "method" and before[name] != value), "")
+
+
+@functools.cache
+def _defaults() -> dict:
+    return experiment.flatten(base.get_distillation_config().to_dict())
 
 
 def lines_of(run: Run) -> dict | None:

@@ -55,7 +55,7 @@ def get_config(arms: str = ""):
         attention="gqa", attention_bias=True, n_routed_experts=0, tie_word_embeddings=True, rope_theta=1e6,
         hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         head_dim=24))
-    c.teacher.training.steps, c.student.training.steps = 600, 600
+    c.teacher.training.steps, c.student.training.steps = 800, 600
     for model in (c.teacher, c.student):
         model.model.update(dict(max_position_embeddings=1024, initializer_range=0.02))
         model.mtp.num_nextn_predict_layers = 0

@@ -10,7 +10,6 @@ import functools
 import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from absl import logging
@@ -18,27 +17,18 @@ from absl import logging
 from experiments import base
 from research import experiment
 from research.distillation.evaluate import NAMES
-from research.distillation.settings import METHODS, Settings, check
+from research.distillation.settings import METHODS, check
 from research.errors import RunError
 from research.files import write_whole
 from research.tables.runner import ROOT
+from research.tables.study import Run as Trained
 from research.tables.study import Study
 
 SIZES = {"cpu": ("small",)}
 
 
-@dataclass(frozen=True)
-class Run:
-    """A model of a pipeline: the settings that make it and where it lies, a folder in one of research.distill."""
-
-    size: str
-    arm: str
-    seed: int
-    settings: Settings
-    workdir: Path
-
-    def __str__(self) -> str:
-        return f"{self.arm}-{self.seed} ({self.size})"
+class Run(Trained):
+    """A model of a pipeline: `settings` are research.distill's, `workdir` is a folder in one of its own."""
 
     @property
     def steps(self) -> int:

@@ -21,6 +21,7 @@ from research.errors import RequestError, RunError, nearest
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 KEPT_PAGES = (f"{HUGE_PAGES}:glibc.malloc.mmap_threshold={2**33}:glibc.malloc.trim_threshold={2**34}:"
               "glibc.malloc.arena_max=1")
+STOPS = (signal.SIGINT, signal.SIGTERM)
 _HELP = {"-h", "-?", "-help", "--help", "-helpshort", "--helpshort", "-helpfull", "--helpfull"}
 
 
@@ -36,10 +37,13 @@ def run(main: Callable[[], None], values: flags.FlagValues = flags.FLAGS, alloca
     """Runs the command of this process, whose flags are `values`, and exits, by `leave`, with the code of `execute`."""
     tune_process(allocator)
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is in the background of a shell
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     sys.unraisablehook = raise_again
     log_lines()
     code = execute(main, sys.argv, values)
-    for number in (signal.SIGINT, signal.SIGTERM):  # what comes while the interpreter shuts down just ends it
+    for number in STOPS:  # what comes while the interpreter shuts down just ends it
         signal.signal(number, signal.SIG_DFL)
     leave(code)
 
@@ -47,12 +51,11 @@ def run(main: Callable[[], None], values: flags.FlagValues = flags.FLAGS, alloca
 @contextlib.contextmanager
 def stops_held():
     """Ctrl-C and SIGTERM wait for the end: in the middle of importing JAX's libraries they may abort the process."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 def tune_process(allocator: str) -> None:
@@ -66,6 +69,7 @@ def tune_process(allocator: str) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = allocator
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until the package is imported again
         os.execv(sys.executable, sys.orig_argv)
 
 

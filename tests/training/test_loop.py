@@ -1,6 +1,7 @@
 """A run and what it leaves: files, resume after any kind of end, stops, failures."""
 
 import errno
+import functools
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import pytest
 from research import config
 from research.command import Stopped
 from research.data.pipeline import load_corpus
+from research.decoding.generate import Decoder
 from research.errors import RequestError, RunError
 from research.training import loop
 from research.training.checkpoint import MANIFEST, seal
@@ -25,6 +27,24 @@ FIELDS = {"training.steps": 12, "checkpoint.every_steps": 3, "evaluation.every_s
 TRAIN_FIELDS = {
     "step", "split", "loss", "next_token_loss", "mtp_loss", "balance_loss", "grad_norm", "learning_rate", "tokens",
     "tokens_per_second", "mfu", "load_violation", "load_violation_by_layer", "mtp_load_violation"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """What equal settings compile in this process serves all tests; the killed runs, of other processes, do without."""
+    decoders = {}
+
+    def decoder(model, variables):
+        if model not in decoders:
+            decoders[model] = Decoder(model, variables)
+        decoders[model].take(variables)
+        return decoders[model]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((loop, "make_train_step"), (loop, "make_eval_step"), (loop.evaluation, "make_eval_step")):
+            patch.setattr(module, name, functools.cache(getattr(module, name)))
+        patch.setattr(loop.samples, "Decoder", decoder)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from kernels.choice import meant_for_h200
 from research import command, config
-from research.accounting.parameters import is_routed_expert, shapes, with_plain_attention
+from research.accounting.parameters import is_routed_expert, shapes
 from research.accounting.request import settings_of
 from research.environment import runnable
 from research.errors import RequestError, nearest
@@ -94,6 +94,13 @@ def of_model(settings, tokens: int) -> list[jax.ShapeDtypeStruct]:
 def bytes_of(leaves) -> int:
     """E5M6, which is stored as float16 and which nothing else is, counts 12 bits an entry."""
     return sum(leaf.size * 12 // 8 if leaf.dtype == jnp.float16 else leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def with_plain_attention(settings):
+    """The settings without cuDNN's attention, which asks for the library and keeps its output too."""
+    if settings.model.attention_implementation not in ("auto", "cudnn"):
+        return settings
+    return replace(settings, model=FrozenConfigDict({**settings.model, "attention_implementation": "xla"}))
 
 
 def of_device(settings, gpu: bool) -> dict[str, int]:

@@ -1,9 +1,6 @@
 """How many parameters a model has and how many a token uses, by shape evaluation: nothing is allocated."""
 
 import re
-from dataclasses import replace
-
-from ml_collections import FrozenConfigDict
 
 from research.model.build import make_model, variable_shapes
 from research.tree import paths
@@ -20,17 +17,8 @@ PARTS = (  # part and the paths that belong to it; the first that matches
 )
 
 
-def with_plain_attention(settings):
-    """The settings without cuDNN's attention, which asks for the library and keeps its output too."""
-    if settings.model.attention_implementation not in ("auto", "cudnn"):
-        return settings
-    return replace(settings, model=FrozenConfigDict({**settings.model, "attention_implementation": "xla"}))
-
-
 def shapes(settings) -> dict:
     """{`path`: ShapeDtypeStruct} of every parameter of the settings' model, which are the same under every recipe."""
-    float32 = FrozenConfigDict({**settings.precision, "recipe": "float32"})  # is traced in a tenth of the time
-    settings = replace(with_plain_attention(settings), precision=float32)
     return paths(variable_shapes(make_model(settings), settings)["params"])
 
 

@@ -14,7 +14,7 @@ from kernels.grouped.shapes import PRODUCT, WEIGHT_GRADIENT
 from kernels.interpret import interpret_params, races_found
 from kernels.operations import OPERATIONS
 from kernels.product.tiles import Tiles
-from tests.kernels.test_product import ROW, SHORT, SQUARE, assert_lowers, assert_near, dequantized, quantized
+from tests.kernels.test_product import ROW, SHORT, SQUARE, assert_lowers, assert_near, covering, dequantized, quantized
 
 E = 3
 EXPERTS = {  # of each block
@@ -191,9 +191,8 @@ def test_kernels_lower_for_hopper(name, shape):
 
 @pytest.mark.parametrize("name", ["grouped_product", "grouped_weight_gradient"])
 def test_candidates_lower_for_hopper(name):
-    """A quarter of them: others are tried with the dense product's, which differs only in the way to its operands."""
     shape = OPERATIONS[name].shapes[0]
-    candidates = OPERATIONS[name].candidates(shape)[1::4]
+    candidates = covering(OPERATIONS[name].candidates(shape))
     assert {tiles.cluster for tiles in candidates} == {1, 2} and {tiles.scales for tiles in candidates} > {"global"}
     for chosen in candidates:
         assert_lowers(name, shape, chosen)

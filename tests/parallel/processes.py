@@ -17,7 +17,6 @@ from tests.parallel.meshes import FIELDS, ROWS
 
 ROOT = Path(__file__).parents[2]
 HEARTBEAT = 8  # seconds: on a busy machine a process may be silent for some
-QUICK = "--xla_backend_optimization_level=0"  # compiles in half the time
 STEPS = 2
 SHAPE = FIELDS | {"mtp.num_nextn_predict_layers": 0, "model.attention_implementation": "reference"}
 
@@ -28,7 +27,8 @@ def start(*words, cache: Path, devices: int = 1, **variables: str) -> subprocess
     variables: of its environment.
     """
     environment = os.environ | variables | {
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     module = () if words[0] == "-m" else ("-m", "tests.parallel.processes")

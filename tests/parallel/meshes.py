@@ -85,10 +85,70 @@ def restored(folder: str) -> dict:
     return {"saved": held(state), "two": held(read[0]), "one": held(read[1]), "equal": equal}
 
 
+def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """`jax.lax.ragged_all_to_all`, which XLA:CPU lacks, by gathers; NaN where senders and receivers do not agree."""
+    import jax
+    import jax.numpy as jnp
+
+    everyones = [jax.lax.all_gather(z, axis_name) for z in (operand, input_offsets, send_sizes, output_offsets)]
+    me, rows = jax.lax.axis_index(axis_name), jnp.arange(len(output))
+    for sender, (sent, start_n, size_n, to_n) in enumerate(zip(*everyones, strict=True)):
+        there = (rows >= to_n[me]) & (rows < to_n[me] + size_n[me])
+        values = sent[jnp.clip(rows - to_n[me] + start_n[me], 0, len(sent) - 1)]
+        if jnp.issubdtype(output.dtype, jnp.floating):
+            values = jnp.where(size_n[me] == recv_sizes[sender], values, jnp.nan)
+        output = jnp.where(there.reshape(-1, *[1] * (output.ndim - 1)), values, output)
+    return output
+
+
+def ragged() -> dict:
+    """{routing: {what: its largest error of the largest entry}} of the ragged exchange over expert 4 x data 2; and how
+    often the program for GPUs has one (`lowered`)."""
+    from functools import partial
+    from unittest import mock
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from kernels.experts import experts
+    from research.parallel import experts as parallel
+    from research.parallel.mesh import make_mesh
+    from tests import tiny
+
+    X, E, K, D, F = 32, 8, 2, 6, 4
+    mesh, rng = make_mesh(tiny.settings(FIELDS | {"mesh.expert": 4, "mesh.data": 2})), np.random.default_rng(0)
+    x_XD, gate_EDF, up_EDF, down_EFD, weights_XK, dy_XD = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in (
+        (X, D), (E, D, F), (E, D, F), (E, F, D), (X, K), (X, D)))
+    operands, compute = (x_XD, gate_EDF, up_EDF, down_EFD, weights_XK), partial(experts, implementation="reference")
+
+    def loss(run, indices_XK, x_XD, gate_EDF, up_EDF, down_EFD, weights_XK):
+        y_XD = run(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK)
+        return jnp.sum(y_XD * dy_XD), y_XD
+
+    of = jax.jit(jax.value_and_grad(loss, argnums=(2, 3, 4, 5, 6), has_aux=True), static_argnums=0)
+    over, found = partial(parallel.over_mesh, compute, mesh), {}
+    for routing, indices_XK in {
+        "random": np.argsort(rng.random((X, E)), axis=1)[:, :K], "one device has all": np.tile([[2, 3]], (X, 1)),
+        "two devices have all": np.tile([[7, 0]], (X, 1)), "in turn": np.add.outer(np.arange(X), [0, 1]) % E,
+    }.items():
+        (_, y), gradients = of(compute, jnp.int32(indices_XK), *operands)
+        with mock.patch.object(parallel, "platform", lambda: "gpu"), mock.patch.object(
+                jax.lax, "ragged_all_to_all", emulated):
+            (_, other), others = of(over, jnp.int32(indices_XK), *operands)
+        found[routing] = {what: float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(a))) for what, a, b in zip(
+            ("y", "x", "gate", "up", "down", "weights"), (y, *gradients), (other, *others), strict=True)}
+    jax.clear_caches()  # of what was traced with the emulation
+    with mock.patch.object(parallel, "platform", lambda: "gpu"):
+        traced = of.trace(over, jnp.int32(indices_XK), *operands)
+    return found | {"lowered": traced.lower(lowering_platforms=("cuda",)).as_text().count("@ragged_all_to_all")}
+
+
 if __name__ == "__main__":
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
     import jax
 
     jax.config.update("jax_numpy_rank_promotion", "raise")
     with tempfile.TemporaryDirectory() as folder:
-        json.dump({name: run(name) for name in MESHES} | {"restored": restored(folder)}, sys.stdout)
+        json.dump({name: run(name) for name in MESHES} | {
+            "restored": restored(folder), "ragged": ragged()}, sys.stdout)

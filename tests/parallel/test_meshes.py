@@ -80,6 +80,15 @@ def test_experts_stay_where_they_are(found):
     assert "shard_map/all_to_all" not in found["fsdp"]["program"]
 
 
+def test_where_the_platform_has_it_only_tokens_travel(found):
+    """The ragged exchange, by an emulation of what XLA:CPU lacks; its program for GPUs: three arrays there and one
+    back, and the gradients of all but the choices."""
+    lowered = found["ragged"].pop("lowered")
+    assert lowered == 4 + 3
+    for routing, errors in found["ragged"].items():
+        assert max(errors.values()) < 1e-6, (routing, errors)
+
+
 def test_a_device_holds_its_share(found):
     """(1, E, D, F) of a layer's experts, and a matrix of all tokens."""
     experts, matrix = "layers/mlp/gate_proj", "layers/mlp/shared_experts/gate_proj/kernel"

@@ -126,7 +126,8 @@ def of_device(settings, gpu: bool) -> dict[str, int]:
     held = (total - routed + routed / mesh.expert) / (mesh.fsdp * mesh.tensor * mesh.pipeline)
     rows = settings.training.batch_size // (mesh.data * mesh.fsdp * mesh.expert * pieces)
     tokens = rows * settings.data.sequence_length
-    kept, copies = _kept_and_copies(settings, rows * mesh.expert, gpu)
+    one = {axis: 1 for axis in mesh}  # of what all meshes share
+    kept, copies = _kept_and_copies(replace(settings, mesh=FrozenConfigDict(one)), rows * mesh.expert, gpu)
     in_flight = min(mesh.pipeline, pieces) / mesh.pipeline
     of = {
         "weights": 4 * held if recipe.name == "float32" else copies * held / total if recipe.quantized else 2 * held,
@@ -160,6 +161,7 @@ def _passing(settings, tokens: int) -> float:
     return max(logits, width * rows * (3 * m.hidden_size + 6 * m.moe_intermediate_size))
 
 
+@functools.lru_cache(maxsize=4)  # V3 takes seconds to trace
 def _kept_and_copies(settings, rows: int, gpu: bool) -> tuple[int, int]:
     """What the whole model keeps of so many rows; and of its weights, whatever the rows: their copies in 8 bits."""
     if not gpu and not settings.model.scan_unroll and settings.model.remat != "none":
@@ -167,7 +169,7 @@ def _kept_and_copies(settings, rows: int, gpu: bool) -> tuple[int, int]:
         settings = replace(settings, model=FrozenConfigDict({**settings.model, "remat": "none"}))
     with runnable(), meant_for_h200() if gpu else contextlib.nullcontext():
         kept, copies = bytes_of(of_model(settings, rows * settings.data.sequence_length)), _copies(settings)
-    return kept - copies, copies
+    return kept - (0 if settings.model.remat == "layer" else copies), copies  # a layer computed again makes its own
 
 
 def _copies(settings) -> int:

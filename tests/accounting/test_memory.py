@@ -15,6 +15,7 @@ from research.accounting.parameters import count
 from research.accounting.request import settings_of
 from research.errors import RequestError
 from research.training.step import abstract_state, make_train_step
+from tests import tiny
 from tests.accounting.test_flops import batch_of
 
 TOKENS = 640  # no other size
@@ -134,6 +135,13 @@ def test_what_a_cpu_does_not_spare_is_counted():
     on_cpu, on_gpu = ([memory.of_device(settings_of("experiments/llama_3_1.py:smoke", fields), gpu)["activations"]
                        for fields in (plain, sixteen, plain + remat)] for gpu in (False, True))
     assert on_cpu[0] == on_cpu[1] == on_cpu[2] and on_gpu[0] > on_gpu[1] > on_gpu[2]
+
+
+def test_layers_that_are_computed_again_keep_their_inputs_in_any_recipe():
+    """The 8-bit copies of weights are made again too; a hundredth is of what routing keeps beside them."""
+    eight, sixteen = (memory.of_device(tiny.settings({"precision.recipe": recipe, "model.remat": "layer"}), gpu=True)
+                      for recipe in ("fp8_deepseek", "bfloat16"))
+    assert eight["activations"] == pytest.approx(sixteen["activations"], rel=0.01)
 
 
 def test_accumulated_gradients_stay():

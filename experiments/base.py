@@ -91,6 +91,7 @@ def get_config() -> ConfigDict:
     d.validation_fraction = 0.05  # of the documents, by a hash of their content
     d.sequence_length = 256
     d.mask_documents = True  # attention never crosses documents; V3's pre-training did not mask
+    d.needle_rate = 0.0  # share of the training rows that hide sentences and ask for them: data/needles.py
     d.fim_rate = 0.0  # share of the documents turned to fill-in-the-middle (prefix, suffix, middle); V3: 0.1
     d.prefetch = 8  # batches read ahead
 

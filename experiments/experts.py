@@ -31,4 +31,5 @@ def get_config(arms: str = ""):
         "shared_2": mixture(W // 4, 2, 62, 6),
         "shared_4": mixture(W // 4, 4, 60, 4),
         "half": mixture(W // 4, 1, 63, 3),
+        "fine_4_disabled": mixture(W // 4, 0, 63, 8),  # in the table fine_4's own weights, nothing trained (§4.5)
     })

@@ -49,9 +49,10 @@ AT_LEAST = {  # numbers with a lower bound
 POSITIVE = ("model.rms_norm_eps", "model.initializer_range", "model.routed_scaling_factor", "model.rope_theta",
             "model.rope_scaling.beta_fast", "model.rope_scaling.beta_slow", "model.rope_scaling.low_freq_factor",
             "model.rope_scaling.high_freq_factor", "optimizer.learning_rate", "optimizer.epsilon")
-FRACTIONS = ("model.bias_update_until", "mtp.loss_weight_switch", "data.fim_rate", "data.validation_fraction",
-             "training.batch_ramp_until", "optimizer.warmup_fraction", "optimizer.plateau_until",
-             "optimizer.cosine_until", "optimizer.cosine_final", "optimizer.tail_from", "optimizer.tail_final")
+FRACTIONS = ("model.bias_update_until", "mtp.loss_weight_switch", "data.needle_rate", "data.fim_rate",
+             "data.validation_fraction", "training.batch_ramp_until", "optimizer.warmup_fraction",
+             "optimizer.plateau_until", "optimizer.cosine_until", "optimizer.cosine_final", "optimizer.tail_from",
+             "optimizer.tail_final")
 PROJECTIONS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "k_proj", "v_proj", "o_proj",
                "gate_proj", "up_proj", "down_proj", "eh_proj")
 LARGEST = 2**31 - 1  # of any whole number

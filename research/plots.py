@@ -128,7 +128,8 @@ def ink(axes, values_RC, rows: list[str], columns: list[str], row: str, column: 
         largest: float | None = None, digits: int | None = None) -> None:
     """A table of shades, darker is more, from 0 to `largest` (None: the largest value).
 
-    row, column, quantity: what rows, columns and shades are; digits: the numbers stand in the cells too.
+    row, column, quantity: what rows, columns and shades are, "": no scale of shades; digits: the numbers stand in the
+    cells too.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -150,6 +151,8 @@ def ink(axes, values_RC, rows: list[str], columns: list[str], row: str, column: 
             for x, value in enumerate(values):
                 axes.text(x + 0.5, y + 0.5, f"{value:.{digits}f}", ha="center", va="center", fontsize=7,
                           color="#000000" if norm(value) < 0.55 else "#ffffff")
+    if not quantity:
+        return
     scale = axes.figure.colorbar(ScalarMappable(norm, shades), ax=axes, label=quantity, fraction=0.046, pad=0.02)
     scale.outline.set_visible(False)
     scale.solids.set_rasterized(False)

@@ -14,6 +14,7 @@ import grain
 import numpy as np
 
 from research.data import cache, sources
+from research.data.needles import Needles
 from research.data.packing import Batch, Stream, Tokens
 from research.data.tokenizer import Tokenizer, build
 from research.errors import RequestError
@@ -131,9 +132,13 @@ class TrainBatches:
             seed=training.seed,
         )
 
+        needles = Needles(corpus.tokenizer, data, training.seed) if data.needle_rate else None
+
         def batch(step: int) -> Batch:
             rows = rows_before(training, step) + np.arange(batch_size_at(training, step))
-            return stream.batch(corpus.share.rows(rows) if corpus.share else rows)
+            rows = corpus.share.rows(rows) if corpus.share else rows
+            read = stream.batch(rows)
+            return needles.hide(read, rows, data.needle_rate) if needles else read
 
         self._share = corpus.share
         self._source = {"corpus": corpus.corpus_hash, "tokenizer": corpus.tokenizer.hash}

@@ -20,7 +20,7 @@ from research.errors import RequestError
 from research.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
-INFRASTRUCTURE = ("__main__", "pipelines", "runner", "study")
+INFRASTRUCTURE = ("__main__", "pipelines", "quantities", "readings", "runner", "study")
 SCALES = ("analytic", "cpu", "gpu")
 
 
@@ -41,6 +41,7 @@ class Row:
     least: float | None = None
     greatest: float | None = None
     verdict: str = ""
+    parts: list | dict | None = None  # what ours is a mean of, for the picture alone
 
     def cells(self) -> list[str]:
         """The paper's figure and ours as the page shows them."""
@@ -51,7 +52,7 @@ class Row:
 
     def to_json(self) -> dict:
         """Its fields, without those of trained models where it has none, and the difference."""
-        absent = {name for name in ("least", "greatest", "verdict") if getattr(self, name) in (None, "")}
+        absent = {name for name in ("least", "greatest", "verdict", "parts") if getattr(self, name) in (None, "")}
         return {name: value for name, value in asdict(self).items() if name not in absent} | {
             "difference": self.difference()}
 

@@ -2,8 +2,8 @@
 
 A run is research.main's own training into `runs/tables/EXPERIMENT/SIZE/ARM-SEED`, which tables of one experiment share.
 A killed one goes on at its newest checkpoint; a finished one is taken as it is, unless its resolved config has changed:
-then it is trained again. Losses of models of other sizes on other text are no figures to compare, so a table's verdicts
-are on the paper's directions: the differences between two arms, of one seed each.
+then it is trained again, and so is what started from it. Losses of models of other sizes on other text are no figures
+to compare, so a table's verdicts are on the paper's directions: the differences between two arms, of one seed each.
 """
 
 import json
@@ -21,6 +21,8 @@ from tqdm import tqdm
 from research import config, experiment, plots
 from research.environment import commit
 from research.errors import RequestError, RunError
+from research.files import write_whole
+from research.tables.quantities import QUANTITIES, Pictured, vocabulary
 from research.tables.runner import ROOT, Row, machine
 from research.training.metrics import read_lines
 
@@ -28,55 +30,6 @@ SIZES = {"cpu": ("micro", "mini"), "gpu": ("gpu",)}  # of experiments/nano.py
 CONFIDENCE = 0.95
 REPRODUCED, NOT, NOISE = "reproduced", "not reproduced", "within noise"
 ONE = "one seed, no verdict"
-
-
-def last(name: str):
-    """A figure of a run's last evaluation, which read all held-out text."""
-    return lambda run, lines: [line for line in lines if line["split"] == "validation"][-1][name]
-
-
-def cache_bytes(run, lines: list[dict]) -> float:
-    """Of a decoded token, in bfloat16."""
-    from research.decoding.cache import bytes_per_token
-    from research.model.build import make_model
-
-    return bytes_per_token(make_model(vocabulary(run.settings)), "bfloat16")
-
-
-def vocabulary(settings):
-    """The settings with the tokenizer's size, as training has them."""
-    return settings.with_vocabulary(settings.data.bpe_vocab_size)
-
-
-def of_batches(run, lines: list[dict]) -> float:
-    """MaxVio of a training batch, averaged over layers and the last half of the steps."""
-    found = [line["load_violation"] for line in lines if line["split"] == "train"]
-    return statistics.fmean(found[len(found) // 2:])
-
-
-def half_interval(run, found: dict) -> float:
-    """Of pass@1, of one run, in %."""
-    return 50 * (found["pass_at_1"]["high"] - found["pass_at_1"]["low"])
-
-
-def taught(run, found: dict) -> float | None:
-    """Samples that a distilled student learns from; None for other models."""
-    path = run.workdir.parent / "verification.json"
-    return json.loads(path.read_bytes())["counts"]["kept"] if run.workdir.name == "distilled" else None
-
-
-QUANTITIES = {  # name and unit of a figure: what reads it off a run and its metrics, and its decimals
-    "bits per byte": (last("bits_per_byte"), 4),
-    "validation loss": (last("loss"), 4),
-    "MaxVio": (last("load_violation"), 3),
-    "MaxVio of a batch": (of_batches, 3),
-    "bytes of cache a token": (cache_bytes, 0),
-    "pass@1, %": (lambda run, found: 100 * found["pass_at_1"]["value"], 1),  # these of pipelines.py's runs
-    "± of one seed's pass@1 (95%), %": (half_interval, 1),
-    "pass@k, %": (lambda run, found: 100 * found["pass_at_k"], 1),
-    "training, TFLOP": (lambda run, found: found["flops"] / 1e12, 2),
-    "samples taught": (taught, 0),
-}
 
 
 @dataclass(frozen=True)
@@ -103,6 +56,8 @@ class Study:
     claims: tuple[Claim, ...]
     paper: Mapping[tuple[str, str], float] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
+    starts: Mapping[str, str] = field(default_factory=dict)  # {arm: an earlier one whose weights it starts from}
+    untrained: tuple[str, ...] = ()  # of those, arms that keep these weights, as far as their model has them
 
 
 @dataclass(frozen=True)
@@ -114,6 +69,8 @@ class Run:
     seed: int
     settings: config.Settings
     workdir: Path
+    start: "Run | None" = None  # whose weights it starts from
+    trained: bool = True  # further than those
 
     def __str__(self) -> str:
         return f"{self.arm}-{self.seed} ({self.size})"
@@ -127,10 +84,17 @@ def plan(study: Study, sizes: Iterable[str], seeds: Iterable[int], fields: Itera
     seeds, runs = tuple(seeds), []
     for size in sizes:
         for seed in seeds:
+            of_arm: dict[str, Run] = {}
             for arm in study.arms:
                 chosen = experiment.load(f"{ROOT}/experiments/{study.experiment}.py:{size}:{arm}")
-                settings = config.check(experiment.change(chosen, [*fields, f"training.seed={seed}"]))
-                runs.append(Run(size, arm, seed, settings, folder / study.experiment / size / f"{arm}-{seed}"))
+                own, start, trained = [f"training.seed={seed}"], None, arm not in study.untrained
+                if arm in study.starts:
+                    start = of_arm[study.starts[arm]]
+                    own += [f"checkpoint.initialize_from={start.workdir}"] if trained else []
+                settings = config.check(experiment.change(chosen, [*fields, *own]))
+                workdir = folder / study.experiment / size / f"{arm}-{seed}"
+                of_arm[arm] = Run(size, arm, seed, settings, workdir, start, trained)
+            runs += of_arm.values()
     return runs
 
 
@@ -146,9 +110,10 @@ def check_device(scale: str) -> None:
 def changed(run: Run) -> str:
     """The first field in which the config that the workdir was trained by differs; nothing where none does."""
     before, now = (experiment.flatten(json.loads(each.to_json())) for each in (config.read(run.workdir), run.settings))
+    places = {"data.cache"} | ({"checkpoint.initialize_from"} if run.start else set())
     for name, value in now.items():
         learned = name == "model.vocab_size" and value is None  # the tokenizer's own
-        if before[name] != value and not learned and name != "data.cache":
+        if before[name] != value and not learned and name not in places:
             return f"config.{name} was {before[name]} and is {value}"
     return ""
 
@@ -156,7 +121,9 @@ def changed(run: Run) -> str:
 def lines_of(run: Run) -> list[dict] | None:
     """The metrics of a run that is finished under this config; None for any other."""
     steps = run.settings.training.steps
-    if not (run.workdir / "checkpoints" / str(steps)).is_dir():
+    if run.trained and not (run.workdir / "checkpoints" / str(steps)).is_dir():
+        return None
+    if run.start and lines_of(run.start) is None:
         return None
     try:
         if changed(run):
@@ -168,7 +135,7 @@ def lines_of(run: Run) -> list[dict] | None:
 
 
 def train(runs: list[Run]) -> None:
-    """Trains those that are not finished, one after another, with one bar over all of them.
+    """Trains (evaluates, where untrained) those that are not finished, one after another, with one bar over all.
 
     Raises RunError with the run's name where one fails; Stopped passes through, after its run is saved.
     """
@@ -182,14 +149,24 @@ def train(runs: list[Run]) -> None:
             said = f"{run}: {len(runs) - len(missing) + number} of {len(runs)} runs are done"
             bar.set_description_str(said)
             logging.info("%s", said + (f", about {tqdm.format_interval(left)} left" if left else ""))
-            _train(run)
+            for other in runs:
+                if run in starts_of(other):
+                    _empty(other.workdir)
+            _train(run) if run.trained else _evaluate(run)
             bar.update(work[number])
+
+
+def starts_of(run: Run) -> list[Run]:
+    """The run whose weights it starts from, the one whose weights that one started from, ..."""
+    return [run.start, *starts_of(run.start)] if run.start else []
 
 
 def _work(run: Run) -> float:
     """FLOPs of a run's training, what the time that is left is told by."""
     from research.accounting import flops
 
+    if not run.trained:
+        return 0.0
     settings = vocabulary(run.settings)
     t, tokens = settings.training, settings.data.sequence_length
     return t.steps * t.batch_size * tokens * flops.training_per_token(settings)
@@ -199,7 +176,6 @@ def _train(run: Run) -> None:
     import jax
 
     from research.training import loop
-    from research.training.workdir import owned
 
     if (run.workdir / "config.json").exists():
         try:
@@ -208,16 +184,70 @@ def _train(run: Run) -> None:
             other = str(error)
         if other:
             logging.info("%s: %s: trained again", run, other)
-            with owned(run.workdir):
-                for path in run.workdir.iterdir():
-                    if path.name != ".lock":
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+            _empty(run.workdir)
     try:
         loop.train(run.settings, run.workdir)
     except RunError as error:
         raise RunError(f"{run}: {error}") from error
     finally:
         jax.clear_caches()  # a process holds dozens of runs, each with programs of its own
+
+
+def _empty(workdir: Path) -> None:
+    from research.training.workdir import owned
+
+    if workdir.is_dir():
+        with owned(workdir):
+            for path in workdir.iterdir():
+                if path.name != ".lock":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _evaluate(run: Run) -> None:
+    """Leaves in its workdir what training would: the config, and one line of metrics, of all held-out text."""
+    import jax
+
+    from research.training.evaluation import evaluate
+    from research.training.step import make_eval_step
+    from research.training.workdir import owned, write_files
+
+    settings, model, variables, corpus = weights_of(run)
+    found = evaluate(make_eval_step(model, settings), variables | {"ema": None}, corpus, settings)
+    with owned(run.workdir):
+        write_files(settings, run.workdir, corpus, 0.0)
+        line = {"step": settings.training.steps, "split": "validation"} | found
+        write_whole(run.workdir / "metrics.jsonl", json.dumps(line) + "\n")
+    jax.clear_caches()
+
+
+def weights_of(run: Run):
+    """(settings, model, its variables, corpus) of a run that is trained, or of an untrained arm's start.
+
+    Raises RunError where the weights are not of the model; an untrained one may lack parts of its start.
+    """
+    import jax
+
+    from research.data.pipeline import load_corpus
+    from research.data.tokenizer import Tokenizer
+    from research.interop.weights import read_weights, variables_of
+    from research.model.build import make_model, variable_shapes
+
+    folder = run.workdir if run.trained else run.start.workdir
+    corpus = load_corpus(run.settings, Tokenizer.load(folder))
+    settings = run.settings.with_vocabulary(corpus.tokenizer.vocab_size)
+    model = make_model(settings)
+    _, saved = read_weights(folder)
+    if not run.trained:
+        saved = _part(saved, variable_shapes(model, settings))
+    variables, wrong = variables_of(saved, model, settings)
+    if wrong:
+        raise RunError(f"{run}: {folder} holds the weights of another model: {wrong}")
+    return settings, model, jax.device_put(variables), corpus
+
+
+def _part(saved: dict, wanted: dict) -> dict:
+    return {name: _part(saved[name], inner) if isinstance(inner, dict) else saved[name]
+            for name, inner in wanted.items() if name in saved}
 
 
 def measure(study: Study, runs: list, lines_of=lines_of) -> dict[tuple[str, str, str], dict[int, float]]:
@@ -286,8 +316,17 @@ def margin(paired: list[float]) -> str:
 def _spread(values: Iterable[float], quantity: str) -> dict:
     """Mean and range, and the quantity's decimals, as fields of a Row."""
     values = list(values)
-    return {"ours": statistics.fmean(values), "digits": QUANTITIES[quantity][1],
-            "least": min(values), "greatest": max(values)}
+    return {"ours": statistics.fmean(values), "digits": QUANTITIES[quantity][1], "parts": _parts(values),
+            "least": float(min(values)), "greatest": float(max(values))}
+
+
+def _parts(values: list):
+    """Those of figures that are pictured: means over seeds, place by place, or the first seed's."""
+    if not isinstance(values[0], Pictured):
+        return None
+    if not values[0].alike:
+        return values[0].parts
+    return [statistics.fmean(of_seeds) for of_seeds in zip(*(value.parts for value in values), strict=True)]
 
 
 def _seeds(figures: Mapping[int, float]) -> str:

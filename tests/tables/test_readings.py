@@ -1,0 +1,288 @@
+"""Tables that read more off their models: arms that start from others' weights, what is read, when it is read anew."""
+
+import contextlib
+import dataclasses
+import json
+import re
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research import bench_acceptance, config
+from research.data.packing import Tokens
+from research.data.sources import Document
+from research.model.build import make_model
+from research.tables import moe_architecture, mtp_decode, runner, study, v3_specialisation, yarn_needle
+from research.tables.quantities import QUANTITIES, Pictured
+from research.tables.readings import Reading
+from research.tables.study import Study
+from research.training import step
+from research.training.evaluation import evaluate
+from tests.tables.test_study import recorded
+from tests.tables.test_tables import PNG
+from tests.tables.test_tables import run as answer
+from tests.training import runs
+
+READ = {name: runner.load(name) for name in ("mtp_decode", "v3_specialisation", "yarn_needle")}
+FIELDS = [f"{name}={value}" for name, value in (runs.MICRO | {
+    "data.tokenizer": "bytes", "data.fim_rate": 0.0, "mtp.num_nextn_predict_layers": 1, "training.steps": 2,
+    "training.ema_decay": 0.0, "checkpoint.every_steps": 0, "evaluation.every_steps": 0, "evaluation.batch_size": 8,
+    "evaluation.samples": 0, "optimizer.moment_dtype": "float32"}).items()]
+PAIR = Study("yarn", ("base", "untrained"), ("bits per byte",), (), starts={"untrained": "base"},
+             untrained=("untrained",))
+FOUND = {  # what a reading leaves, by its name
+    "needles": {"found": {"1": [1.0, 0.5], "2": [0.75, 0.25], "3": [0.5, 0.0], "4": [0.25, 0.0]}, "bits_per_byte": 3.0},
+    "domains": {"all": [[1.0, 1.0], [1.5, 0.5]],
+                "domains": {"json": [[1.0, 1.0], [0.5, 1.5]], "turtle": [[2.0, 0.0], [1.5, 0.5]]}},
+    "drafting": {"rows": [{"temperature": t, "k": k, "tokens_per_step": [1.5, 1.25, 1.75], "speedup": [0.5 + k, 9, 0],
+                           "acceptance": [[0.5, 0.25][:k], [0.75, 0.5][:k], [0.25, 0.0][:k]]}
+                          for t in (0.0, 0.6) for k in (0, 1, 2)]},
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The tiny base, trained for two steps on rows with needles, and its weights under YaRN with a factor of 1."""
+    folder = tmp_path_factory.mktemp("readings")
+    fields = [*FIELDS, f"data.cache={folder / 'cache'}", "model.rope_scaling.factor=1.0"]
+    planned = study.plan(PAIR, ["micro"], [5], fields, folder)
+    study.train(planned)
+    return planned
+
+
+def changed(run: study.Run, **fields) -> study.Run:
+    """The run under other settings."""
+    c = run.settings.to_config()
+    c.update_from_flattened_dict(fields)
+    return dataclasses.replace(run, settings=config.check(c))
+
+
+def test_an_untrained_arm_is_its_starts_weights_under_its_own_settings(pair, monkeypatch):
+    base, untrained = pair
+    assert (untrained.start, untrained.trained, base.start, base.trained) == (base, False, None, True)
+    assert untrained.settings.model.rope_scaling.type == "yarn" and not (untrained.workdir / "checkpoints").exists()
+    ours, theirs = (run[-1] for run in map(study.lines_of, (untrained, base)))
+    assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)  # a factor of 1 is no YaRN
+    assert ours["targets"] == theirs["targets"] and ours["step"] == 2
+    assert config.read(untrained.workdir).model.rope_scaling.type == "yarn"
+    assert "packages" in json.loads((untrained.workdir / "environment.json").read_text())
+    monkeypatch.setattr(study, "_evaluate", lambda run: pytest.fail(f"{run} is finished"))
+    study.train(pair)
+    other = changed(untrained, **{"model.rope_scaling.factor": 4.0})
+    assert study.lines_of(other) is None
+    settings, model, variables, _ = study.weights_of(other)
+    batch = {name: jnp.ones((1, 32), jnp.int32) for name in ("tokens_BT", "segments_BT")} | {
+        "positions_BT": jnp.arange(32)[None]}
+    logits = [step.apply_model(make_model(s), s, variables["params"], variables["routing"], batch)[0]
+              for s in (settings, config.read(base.workdir))]
+    assert not np.allclose(*logits, atol=1e-4)
+
+
+def test_a_disabled_shared_expert_is_one_that_adds_nothing(pair):
+    """Beside the same model with the shared expert's last matrix at zero, whose tokens choose one more."""
+    base = pair[0]
+    assert base.settings.model.n_shared_experts == 1
+    disabled = dataclasses.replace(changed(base, **{"model.n_shared_experts": 0, "model.num_experts_per_tok": 3}),
+                                   start=base, trained=False)
+    settings, model, variables, corpus = study.weights_of(disabled)
+    ours = evaluate(step.make_eval_step(model, settings), variables | {"ema": None}, corpus, settings)["loss"]
+    whole, _, variables, _ = study.weights_of(base)
+    silent = jax.tree_util.tree_map_with_path(
+        lambda path, x: 0 * x if [k.key for k in path][-3:-1] == ["shared_experts", "down_proj"] else x, variables)
+    assert sum(not leaf.any() for leaf in jax.tree.leaves(silent["params"])) == 2  # a layer's, and the module's
+    wide = changed(base, **{"model.num_experts_per_tok": 3, "model.vocab_size": whole.model.vocab_size}).settings
+    theirs = evaluate(step.make_eval_step(make_model(wide), wide), silent | {"ema": None}, corpus, wide)["loss"]
+    assert ours == pytest.approx(theirs, abs=1e-5)
+    plain = study.lines_of(base)[-1]["loss"]
+    assert abs(ours - plain) > 1e-5
+
+
+def test_the_disabled_arm_is_fine_4_less_its_shared_expert(tmp_path):
+    by_arm = {run.arm: run for run in study.plan(moe_architecture.STUDY, ["micro"], [0], (), tmp_path)}
+    disabled, fine = by_arm["fine_4_disabled"], by_arm["fine_4"]
+    assert disabled.start == fine and not disabled.trained
+    ours, theirs = disabled.settings.model, fine.settings.model
+    assert {name for name in ours if ours[name] != theirs[name]} == {"n_shared_experts", "num_experts_per_tok"}
+    assert (ours.n_shared_experts, ours.num_experts_per_tok) == (0, theirs.num_experts_per_tok + 1)
+    assert disabled.settings.checkpoint == fine.settings.checkpoint
+
+
+def test_phases_start_from_one_another_and_read_as_many_tokens(tmp_path):
+    by_arm = {run.arm: run for run in study.plan(yarn_needle.STUDY, ["micro", "mini", "gpu"], [0], (), tmp_path)
+              if run.size == "mini"}
+    base = by_arm["base"].settings
+    T, tokens = base.data.sequence_length, base.data.sequence_length * base.training.batch_size
+    for arm, times in (("half", 2), ("plain_half", 2), ("extended", 4), ("plain", 4)):
+        run, s = by_arm[arm], by_arm[arm].settings
+        assert run.start.arm == yarn_needle.STUDY.starts[arm] and run.trained
+        assert s.checkpoint.initialize_from == str(run.start.workdir) == str(tmp_path / f"yarn/mini/{run.start.arm}-0")
+        assert s.data.sequence_length == times * T and s.data.sequence_length * s.training.batch_size == tokens
+        assert s.optimizer.learning_rate == pytest.approx(base.optimizer.learning_rate * base.optimizer.tail_final)
+        assert (s.model.rope_scaling.type == "yarn") == (not arm.startswith("plain"))
+        assert s.model.rope_scaling.original_max_position_embeddings == (4096 if arm.startswith("plain") else T)
+    assert not base.checkpoint.initialize_from and not by_arm["untrained"].settings.checkpoint.initialize_from
+    assert [run.arm for run in study.starts_of(by_arm["extended"])] == ["half", "base"]
+
+
+def test_what_starts_from_a_run_that_is_trained_again_is_made_again(tmp_path, monkeypatch):
+    def plan(*fields):
+        return study.plan(yarn_needle.STUDY, ["micro"], [0], fields, tmp_path)
+
+    for run in plan():
+        recorded(run, 2.0)
+    assert all(study.lines_of(run) for run in plan())
+    shorter = plan("data.prefetch=2")  # as another base would be: the runs after it have no field that differs
+    others = {run.arm: run for run in plan()}
+    mixed = [run if run.arm == "base" else dataclasses.replace(others[run.arm], start=shorter[0])
+             for run in shorter if run.arm in ("base", "half")]
+    assert [study.lines_of(run) for run in mixed] == [None, None]
+    calls = []
+
+    def train(run):
+        calls.append((run.arm, sorted(path.name for path in others["half"].workdir.iterdir() if path.name != ".lock")))
+
+    monkeypatch.setattr(study, "_train", train)
+    study.train(mixed)
+    assert calls == [("base", []), ("half", [])]
+
+
+def test_a_reading_is_made_once_and_again_after_another_training(tmp_path, monkeypatch):
+    calls = []
+    kind = Reading("needles", lambda run: calls.append(run.arm) or FOUND["needles"])
+    planned = study.plan(PAIR, ["micro"], [0], (), tmp_path)
+    for run in planned:
+        recorded(run, 2.0)
+    assert [kind.lines_of(run) for run in planned] == [None, None]
+    kind.train(planned)
+    kind.train(planned)
+    assert calls == ["base", "untrained"]
+    assert kind.lines_of(planned[0])[-1] == {"split": "needles"} | FOUND["needles"]
+    monkeypatch.setattr(study, "_train", lambda run: recorded(run, 3.0))
+    monkeypatch.setattr(study, "_evaluate", lambda run: recorded(run, 3.0))
+    study._empty(planned[0].workdir)
+    kind.train(planned)
+    assert calls == ["base", "untrained"] * 2
+
+
+def test_figures_of_readings():
+    def figure(quantity, name):
+        return QUANTITIES[quantity][0](None, [{"split": "train"}, {"split": name} | FOUND[name]])
+
+    assert figure("found at 2 T, %", "needles") == 50 and figure("found at 2 T, %", "needles").parts == [75, 25]
+    assert figure("bits per byte at 4 T", "needles") == 3.0
+    assert figure("draft 1 stands at temperature 0.6, %", "drafting") == 50
+    assert figure("draft 2 stands at temperature 0, %", "drafting") == 25
+    assert figure("tokens a step, 2 drafted, temperature 0", "drafting") == 1.5
+    assert figure("times plain speed, 1 drafted, temperature 0.6", "drafting") == 1.5
+    moved = figure("load that domains move, %", "domains")
+    assert moved == pytest.approx(100 * (0 + 0.5 + 0.5 + 0) / 4)  # json: layers 0 and 1, turtle: layers 0 and 1
+    assert moved.parts == {"json": [0.5, 1.5], "turtle": [1.5, 0.5]} and not moved.alike
+
+
+def test_parts_are_means_over_seeds_where_places_mean_the_same():
+    spread = study._spread([Pictured(1.0, [0.0, 2.0]), Pictured(3.0, [4.0, 2.0])], "found at 1 T, %")
+    assert spread == {"ours": 2.0, "digits": 1, "parts": [2.0, 2.0], "least": 1.0, "greatest": 3.0}
+    first = study._spread([Pictured(1.0, {"a": [1]}, False), Pictured(3.0, {"a": [9]}, False)], "found at 1 T, %")
+    assert first["parts"] == {"a": [1]} and study._spread([1.0], "MaxVio")["parts"] is None
+
+
+def test_needles_are_found_where_a_model_looks(pair, monkeypatch):
+    """A model that sees the last 32 tokens and knows what they hold; and the real one, whose shares are shares."""
+    monkeypatch.setattr(yarn_needle, "CONTEXTS", 4)
+    monkeypatch.setattr(yarn_needle, "AT_ONCE", 2)
+    real = yarn_needle.read(pair[1])
+    assert real["found"].keys() == {1, 2, 3, 4} and all(len(shares) == 5 for shares in real["found"].values())
+    assert {share for shares in real["found"].values() for share in shares} <= {0, 0.25, 0.5, 0.75, 1}
+    assert 0 < real["bits_per_byte"] < 10
+    asked = np.frombuffer(b"\n# key ", np.uint8)
+
+    def sees(model, settings, params, routing, batch):
+        tokens_BT = batch["tokens_BT"]
+        B, T = tokens_BT.shape
+        begins_BT = jnp.all(jnp.stack([jnp.roll(tokens_BT, -i, 1) == byte for i, byte in enumerate(asked)]), axis=0)
+        near_B = T - jnp.argmax(begins_BT, axis=1) <= 32
+        logits_BTV = jax.nn.one_hot(jnp.where(near_B[:, None], batch["targets_BT"], 0), 320)
+        return logits_BTV, {"mtp_logits": ()}
+
+    monkeypatch.setattr(step, "apply_model", sees)
+    monkeypatch.setattr("research.training.evaluation.evaluate", lambda *_: {"bits_per_byte": 2.5})
+    seen = yarn_needle.read(pair[0])
+    assert seen["found"] == {1: [1, 1, 1, 1, 1], 2: [0, 0, 0, 1, 1], 3: [0, 0, 0, 0, 1], 4: [0, 0, 0, 0, 1]}
+    assert seen["bits_per_byte"] == 2.5
+
+
+def test_domains_are_packages_and_lone_modules():
+    names = ["json/decoder.py", "turtle.py", "json/tool/a.py", "abc.py"]
+    lengths = [1000, 1600, 600, 9]
+    tokens = Tokens(np.arange(sum(lengths)), np.cumsum([0, *lengths]))
+    corpus = SimpleNamespace(validation=tokens, validation_documents=[Document(name, name) for name in names])
+    assert v3_specialisation.domains(corpus) == {"json": [0, 2], "turtle": [1]}
+
+
+def test_loads_of_domains(pair, monkeypatch):
+    monkeypatch.setattr(v3_specialisation, "LEAST", 1)
+    _, _, _, corpus = study.weights_of(pair[0])
+    parts = {name: v3_specialisation.part_of(corpus, places)
+             for name, places in v3_specialisation.domains(corpus).items()}
+    assert len(parts) > 1
+    assert sum(part.validation.targets for part in parts.values()) == corpus.validation.targets
+    assert sum(part.validation_bytes for part in parts.values()) == corpus.validation_bytes
+    found = v3_specialisation.read(pair[0])
+    assert found["all"] == study.lines_of(pair[0])[-1]["expert_load"] and found["domains"].keys() == parts.keys()
+    E = pair[0].settings.model.n_routed_experts
+    assert all(np.shape(loads) == (1, E) and np.mean(loads) == pytest.approx(1, abs=1e-3)
+               for loads in found["domains"].values())
+    assert QUANTITIES["load that domains move, %"][0](None, [{"split": "domains"} | found]) > 1
+
+
+def test_drafts_are_measured_by_the_bench(pair, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(bench_acceptance, "measure_acceptance",
+                        lambda request: asked.append(request) or print("a line") or FOUND["drafting"])
+    assert mtp_decode.read(pair[0]) == FOUND["drafting"]
+    assert asked == [bench_acceptance.Request(pair[0].workdir, 8, 8, 16, 2, (0.0, 0.6), 3)]
+    said = capsys.readouterr()
+    assert said.out == "" and "a line" in said.err
+
+
+def test_a_trained_run_drafts(pair):
+    request = bench_acceptance.Request(pair[0].workdir, 1, 8, 8, 2, (0.0,), 1)
+    with contextlib.redirect_stdout(None):
+        found = bench_acceptance.measure_acceptance(request)
+    lines = [{"split": "drafting"} | found]
+    assert 0 <= QUANTITIES["draft 2 stands at temperature 0, %"][0](None, lines) <= 100
+    assert 1 <= QUANTITIES["tokens a step, 1 drafted, temperature 0"][0](None, lines) <= 2
+
+
+@pytest.mark.parametrize("name", READ)
+def test_every_table_that_reads_can_be_judged_and_shown(name, tmp_path, monkeypatch, capsys):
+    """From recorded runs and readings, as the neighbours' test has it; a table without one size's readings says so."""
+    table = READ[name]
+    kind, arms = runner.kind(table), table.STUDY.arms
+    for scale, sizes in kind.SIZES.items():
+        planned = kind.plan(table.STUDY, sizes, table.STUDY.seeds, (), tmp_path)
+        assert len(planned) == len(sizes) * len(arms) * len(table.STUDY.seeds)
+        for number, run in enumerate(planned if scale == "cpu" else ()):
+            recorded(run, 2 + number % 5 / 10)
+            if run.size == "micro":
+                (run.workdir / f"{kind.name}.json").write_text(json.dumps(FOUND[kind.name]))
+    assert len(table.STUDY.seeds) >= 3
+    assert {claim.quantity for claim in table.STUDY.claims} <= set(table.STUDY.quantities)
+    assert {arm for claim in table.STUDY.claims for arm in (claim.arm, claim.than)} <= set(arms)
+    assert set(table.STUDY.paper) <= {(quantity, arm) for quantity in table.STUDY.quantities for arm in arms}
+    for part in ("_train", "_evaluate"):
+        monkeypatch.setattr(study, part, lambda run: pytest.fail(f"{run} is finished"))
+    folder = tmp_path / "results"
+    assert answer(f"--table={name}", "--scale=cpu", "--sizes=micro", f"--runs={tmp_path}", f"--folder={folder}") == 0
+    assert re.match(rf"{name} +\d+ (reproduced|not|within|higher|lower)", capsys.readouterr().out)
+    page = (folder / f"{name}.md").read_text()
+    assert "Not yet run at this scale: the size mini" in page and "mini: " not in page
+    found = json.loads((folder / f"{name}.json").read_text())["rows"]["cpu"]
+    assert any("parts" in row for row in found) == (name != "mtp_decode")
+    assert (folder / f"{name}.png").read_bytes().startswith(PNG)
+    written = (folder / f"{name}.json").stat().st_mtime_ns
+    assert answer(f"--table={name}", "--scale=cpu", "--sizes=micro", f"--runs={tmp_path}", f"--folder={folder}") == 0
+    assert (folder / f"{name}.json").stat().st_mtime_ns == written  # read back as it was

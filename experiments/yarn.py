@@ -2,10 +2,11 @@
 
 Question: how much of what is hidden in a long text is found by the model as it is, by the same weights under YaRN, and
 after training on longer rows, with YaRN and without?
-Command, for the whole table, or for one arm:
+Command, for the whole table, or for one arm after another:
     python -m research.tables --table=yarn_needle --scale=cpu
-    python -m research.main --config=experiments/yarn.py:micro:half --workdir=runs/half \
-        --config.checkpoint.initialize_from=runs/base
+    python -m research.main --config=experiments/yarn.py:micro:base --workdir=runs/yarn/base
+    python -m research.main --config=experiments/yarn.py:micro:half --workdir=runs/yarn/half \
+        --config.checkpoint.initialize_from=runs/yarn/base
 As V3: phases of as many tokens a step as before, in rows of 2 T and 4 T (there 8 T and 32 T), the learning rate that
 training ended with, biases as they stand, and a factor a quarter above what it is for (there 160K over 4K for 128K).
 Ours: an eighth of the training's steps a phase (V3: 0.4%), and needles in every phase, in rows of that phase's length.
@@ -14,6 +15,7 @@ Cost: not yet measured. Result: not yet run.
 
 from experiments import base, nano
 
+# the arm whose weights an arm starts from
 STARTS = {"untrained": "base", "half": "base", "extended": "half", "plain_half": "base", "plain": "plain_half"}
 
 

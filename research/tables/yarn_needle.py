@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from experiments.yarn import STARTS
 from research import config, plots
 from research.data.needles import VALUES, Needles
 from research.data.packing import Stream
@@ -38,8 +39,7 @@ STUDY = Study(
      Claim(ONCE, EXTENDED, BASE, 0.0, "Figure 8: nothing is lost"),
      Claim(BPB, EXTENDED, BASE, -1.0, "YaRN's premise, an order"),
      Claim(BPB, EXTENDED, PLAIN, None, "no figure in the paper")),
-    starts={UNTRAINED: BASE, "half": BASE, EXTENDED: "half", "plain_half": BASE, PLAIN: "plain_half"},
-    untrained=(UNTRAINED,))
+    starts=STARTS, untrained=(UNTRAINED,))
 
 
 def read(run: Run) -> dict:

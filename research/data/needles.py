@@ -1,4 +1,4 @@
-"""Needles: sentences like `# key a: B`, hidden in a row of text whose end names their keys again, each with its value.
+"""Needles: sentences like `# key a B`, hidden in a row of text whose end names their keys again, each with its value.
 
 Ours, not a paper's: what a model that trains within minutes can learn to find, and what long contexts are tried with.
 """
@@ -13,7 +13,7 @@ from research.data.tokenizer import Tokenizer
 from research.errors import RequestError
 
 KEYS, VALUES = "abcdefghilmnoprstuvwxy", "ABCDEFGHILMNOPRSTUVW"  # a token each, with their space, in most tokenizers
-MOST = 6  # of a row; fewer in a short one
+MOST = 8  # of a row; fewer in a short one
 _OWN = 1 << 32  # beyond what packing's streams of random numbers are named by
 
 
@@ -25,7 +25,7 @@ class Needles:
 
     def __init__(self, tokenizer: Tokenizer, data: Any, seed: int):
         """data: the settings' group. Raises RequestError where a row cannot hold one."""
-        self._keys = [tokenizer.encode(f"\n# key {key}:") for key in KEYS]
+        self._keys = [tokenizer.encode(f"\n# key {key}") for key in KEYS]
         self._values = [tokenizer.encode(f" {value}") for value in VALUES]
         self._seed = seed
         twice = 2 * (max(map(len, self._keys)) + max(map(len, self._values)))

@@ -19,7 +19,7 @@ NOTES = (
     "Figure 8 shows V3 after instruction tuning finding its needles at all depths up to 128K, and no other model: its "
     "order stands here as 1, and 0 where nothing is to be lost. That plain models fail beyond their length is YaRN's "
     "premise.",
-    "Ours is the needle: `# key a: B` in held-out source text, whose key the end names; it is found if the likeliest "
+    "Ours is the needle: `# key a B` in held-out source text, whose key the end names; it is found if the likeliest "
     f"token is the right one of {len(VALUES)} letters. Half of the training rows hold such sentences, in each phase in "
     "rows of its own length: base has seen none further apart than T, extended up to 4 T.",
 )

@@ -22,10 +22,16 @@ STARTS = {"untrained": "base", "half": "base", "extended": "half", "plain_half":
 def get_config(arms: str = ""):
     c, arms = nano.sized(arms)
     c.mtp.num_nextn_predict_layers = 0  # what is asked of the main model
-    c.data.needle_rate = 0.5
+    c.data.sequence_length //= 2
+    c.data.needle_rate = 0.8
+    c.data.validation_fraction = 0.01
     c.training.batch_size = max(c.training.batch_size, 16)
-    c.model.max_position_embeddings = max(c.model.max_position_embeddings, 4 * c.data.sequence_length)
     T, rows, steps = c.data.sequence_length, c.training.batch_size, c.training.steps
+    c.model.max_position_embeddings = max(c.model.max_position_embeddings, 4 * T)
+    # in V3's proportions: rotary waves beside T, first weights by the width, a third of a head rotary, about
+    c.model.rope_theta = 10000.0 * T / 4096
+    c.model.initializer_range = 0.006 * (7168 / c.model.hidden_size) ** 0.5
+    c.model.qk_rope_head_dim *= 2
     yarn = {"model.rope_scaling.type": "yarn", "model.rope_scaling.factor": 5.0,
             "model.rope_scaling.original_max_position_embeddings": T}
 

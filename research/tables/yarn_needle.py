@@ -14,14 +14,14 @@ TITLE = "Needles in contexts of up to four trained lengths"
 SOURCE = "DeepSeek-V3 (2412.19437) §4.3 and Figure 8: 4K to 32K to 128K; YaRN (2309.00071)"
 NOTES = (
     "`base` is trained on rows of T tokens; `half` and `extended` go on from it with YaRN on rows of 2 T, then 4 T; "
-    "`plain_half` and `plain` do the same without YaRN; `untrained` is base's weights under YaRN. T is 128 at micro, "
-    "256 at mini.",
+    "`plain_half` and `plain` do the same without YaRN; `untrained` is base's weights under YaRN. T is 64 at micro, "
+    "128 at mini.",
     "Figure 8 shows V3 after instruction tuning finding its needles at all depths up to 128K, and no other model: its "
     "order stands here as 1, and 0 where nothing is to be lost. That plain models fail beyond their length is YaRN's "
     "premise.",
     "Ours is the needle: `# key a B` in held-out source text, whose key the end names; it is found if the likeliest "
-    f"token is the right one of {len(VALUES)} letters. Half of the training rows hold such sentences, in each phase in "
-    "rows of its own length: base has seen none further apart than T, extended up to 4 T.",
+    f"token is the right one of {len(VALUES)} letters. 80% of the training rows hold several such sentences, in "
+    "each phase in rows of its own length: base has seen none further apart than T, extended up to 4 T.",
 )
 TIMES = (1, 2, 3, 4)  # trained lengths
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -23,9 +23,9 @@ def get_config(arms: str = ""):
     c, arms = nano.sized(arms)
     c.mtp.num_nextn_predict_layers = 0  # what is asked of the main model
     c.data.sequence_length //= 2
-    c.data.needle_rate = 0.8
+    c.data.needle_rate = 0.95
     c.data.validation_fraction = 0.01
-    c.training.batch_size = max(c.training.batch_size, 16)
+    c.training.batch_size = 32
     T, rows, steps = c.data.sequence_length, c.training.batch_size, c.training.steps
     c.model.max_position_embeddings = max(c.model.max_position_embeddings, 4 * T)
     # in V3's proportions: rotary waves beside T, first weights by the width, a third of a head rotary, about

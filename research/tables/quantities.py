@@ -103,7 +103,6 @@ QUANTITIES = {  # name and unit of a figure: what reads it off a run and its met
     "training, TFLOP": (lambda run, found: found["flops"] / 1e12, 2),
     "samples taught": (taught, 0),
     **{f"found at {times} T, %": (share_found(times), 1) for times in (1, 2, 3, 4)},
-    "bits per byte at 4 T": (line_of("needles", lambda found: found["bits_per_byte"]), 4),
     **{f"draft {position} stands at temperature {t:g}, %": (accepted(position, t), 1)
        for t in TEMPERATURES for position in (1, 2)},
     **{f"tokens a step, {k} drafted, temperature {t:g}": (of_drafting(k, t, lambda row: row["tokens_per_step"]), 2)

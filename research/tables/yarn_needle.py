@@ -3,7 +3,7 @@
 import numpy as np
 
 from experiments.yarn import STARTS
-from research import config, plots
+from research import plots
 from research.data.needles import VALUES, Needles
 from research.data.packing import Stream
 from research.tables import study
@@ -20,36 +20,34 @@ NOTES = (
     "order stands here as 1, and 0 where nothing is to be lost. That plain models fail beyond their length is YaRN's "
     "premise.",
     "Ours is the needle: `# key a B` in held-out source text, whose key the end names; it is found if the likeliest "
-    f"token is the right one of {len(VALUES)} letters. 95% of the training rows hold several such sentences, in "
-    "each phase in rows of its own length: base has seen none further apart than T, extended up to 4 T.",
+    f"token is the right one of {len(VALUES)} letters. Every training row is text hiding up to ten; their values are "
+    "its only targets: such a model does not continue text. Each phase has rows of its own length, so base has seen no "
+    "needle further away than T, extended up to 4 T.",
 )
 TIMES = (1, 2, 3, 4)  # trained lengths
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CONTEXTS, AT_ONCE = 64, 16  # of each length and depth
 BASE, UNTRAINED, EXTENDED, PLAIN = "base", "untrained", "extended", "plain"
 SHOWN = {BASE: "as trained", UNTRAINED: "YaRN, untrained", PLAIN: "trained, no YaRN", EXTENDED: "YaRN, trained"}
-ONCE, FOUR, BPB = "found at 1 T, %", "found at 4 T, %", "bits per byte at 4 T"
+ONCE, FOUR = "found at 1 T, %", "found at 4 T, %"
 STUDY = Study(
-    "yarn", (BASE, UNTRAINED, "half", EXTENDED, "plain_half", PLAIN), (*(f"found at {n} T, %" for n in TIMES), BPB),
+    "yarn", (BASE, UNTRAINED, "half", EXTENDED, "plain_half", PLAIN), tuple(f"found at {n} T, %" for n in TIMES),
     (Claim(FOUR, EXTENDED, BASE, 1.0, "Figure 8 and YaRN's premise, an order"),
      Claim(FOUR, EXTENDED, UNTRAINED, None, "no figure in the paper"),
      Claim(FOUR, EXTENDED, PLAIN, None, "no figure in the paper"),
      Claim(FOUR, EXTENDED, "half", None, "no figure in the paper"),
      Claim(FOUR, UNTRAINED, BASE, None, "no figure in the paper"),
-     Claim(ONCE, EXTENDED, BASE, 0.0, "Figure 8: nothing is lost"),
-     Claim(BPB, EXTENDED, BASE, -1.0, "YaRN's premise, an order"),
-     Claim(BPB, EXTENDED, PLAIN, None, "no figure in the paper")),
+     Claim(ONCE, EXTENDED, BASE, 0.0, "Figure 8: nothing is lost")),
     starts=STARTS, untrained=(UNTRAINED,))
 
 
 def read(run: Run) -> dict:
-    """Shares of needles found, {times T: [by depth]}, and bits per byte of held-out text in rows of 4 T."""
+    """`found`: shares of the needles, {times T: [by depth]}."""
     import jax
     import jax.numpy as jnp
 
     from research.decoding.sampling import likeliest
-    from research.training.evaluation import evaluate
-    from research.training.step import apply_model, make_eval_step
+    from research.training.step import apply_model
 
     settings, model, variables, corpus = study.weights_of(run)
     T = [run, *study.starts_of(run)][-1].settings.data.sequence_length
@@ -71,11 +69,7 @@ def read(run: Run) -> dict:
         stream = Stream(corpus.validation, corpus.tokenizer, sequence_length=times * T, mask_documents=False,
                         shuffle=False)
         shares[times] = [found(stream, depth) for depth in DEPTHS]
-    longest = settings.to_config()
-    longest.data.sequence_length = max(TIMES) * T
-    longest = config.check(longest)
-    text = evaluate(make_eval_step(model, longest), variables | {"ema": None}, corpus, longest)
-    return {"found": shares, "bits_per_byte": text["bits_per_byte"]}
+    return {"found": shares}
 
 
 KIND = Reading("needles", read)

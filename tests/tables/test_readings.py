@@ -33,7 +33,7 @@ READ = {name: runner.load(name) for name in ("mtp_decode", "v3_specialisation", 
 PAIR = Study("yarn", ("base", "untrained"), ("bits per byte",), (), starts={"untrained": "base"},
              untrained=("untrained",))
 FOUND = {  # what a reading leaves, by its name
-    "needles": {"found": {"1": [1.0, 0.5], "2": [0.75, 0.25], "3": [0.5, 0.0], "4": [0.25, 0.0]}, "bits_per_byte": 3.0},
+    "needles": {"found": {"1": [1.0, 0.5], "2": [0.75, 0.25], "3": [0.5, 0.0], "4": [0.25, 0.0]}},
     "domains": {"all": [[1.0, 1.0], [1.5, 0.5]],
                 "domains": {"json": [[1.0, 1.0], [0.5, 1.5]], "turtle": [[2.0, 0.0], [1.5, 0.5]]}},
     "drafting": {"rows": [{"temperature": t, "k": k, "tokens_per_step": [1.5, 1.25, 1.75], "speedup": [0.5 + k, 9, 0],
@@ -187,7 +187,6 @@ def test_figures_of_readings():
         return QUANTITIES[quantity][0](None, [{"split": "train"}, {"split": name} | FOUND[name]])
 
     assert figure("found at 2 T, %", "needles") == 50 and figure("found at 2 T, %", "needles").parts == [75, 25]
-    assert figure("bits per byte at 4 T", "needles") == 3.0
     assert figure("draft 1 stands at temperature 0.6, %", "drafting") == 50
     assert figure("draft 2 stands at temperature 0, %", "drafting") == 25
     assert figure("tokens a step, 2 drafted, temperature 0", "drafting") == 1.5
@@ -211,7 +210,6 @@ def test_needles_are_found_where_a_model_looks(pair, monkeypatch):
     real = yarn_needle.read(pair[1])
     assert real["found"].keys() == {1, 2} and all(len(shares) == 5 for shares in real["found"].values())
     assert {share for shares in real["found"].values() for share in shares} <= {0, 0.25, 0.5, 0.75, 1}
-    assert 0 < real["bits_per_byte"] < 10
     asked = np.frombuffer(b"\n# key ", np.uint8)
 
     def sees(model, settings, params, routing, batch):
@@ -223,10 +221,7 @@ def test_needles_are_found_where_a_model_looks(pair, monkeypatch):
         return logits_BTV, {"mtp_logits": ()}
 
     monkeypatch.setattr(step, "apply_model", sees)
-    monkeypatch.setattr("research.training.evaluation.evaluate", lambda *_: {"bits_per_byte": 2.5})
-    seen = yarn_needle.read(pair[0])
-    assert seen["found"] == {1: [1, 1, 1, 1, 1], 2: [0, 0, 0, 1, 1]}
-    assert seen["bits_per_byte"] == 2.5
+    assert yarn_needle.read(pair[0])["found"] == {1: [1, 1, 1, 1, 1], 2: [0, 0, 0, 1, 1]}
 
 
 def test_domains_are_packages_and_lone_modules():

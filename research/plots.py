@@ -17,6 +17,7 @@ STYLE = {
 BARS = ({"color": "white", "hatch": "////"}, {"color": "0.35"}, {"color": "0.75"}, {"color": "white", "hatch": "...."})
 LINES = ({"marker": "o", "linestyle": "-"}, {"marker": "s", "linestyle": "--"}, {"marker": "^", "linestyle": ":"},
          {"marker": "D", "linestyle": "-."})
+HEIGHT = 3.2  # inches of one axes
 
 
 def require(asked: str) -> None:
@@ -25,12 +26,12 @@ def require(asked: str) -> None:
         raise RequestError(f"{asked} draws with matplotlib: pip install -r requirements-dev.txt")
 
 
-def save(path: Path, draw, panels: int = 1, height: float = 3.2) -> None:
+def save(path: Path, draw, panels: int = 1, height: float = HEIGHT) -> None:
     """Writes a PNG of `panels` axes below one another, which `draw` fills; height: inches of each."""
     path.write_bytes(png(draw, panels, height))
 
 
-def png(draw, panels: int = 1, height: float = 3.2) -> bytes:
+def png(draw, panels: int = 1, height: float = HEIGHT) -> bytes:
     """What `save` writes."""
     import matplotlib
 
@@ -97,6 +98,45 @@ def ranges(axes, labels: list[str], series: dict[str, list[tuple | None]], quant
     axes.grid(False, axis="y")
     axes.set_xlabel(quantity)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(series))
+
+
+def timeline(axes, groups: dict[str, list[list[tuple]]], row: str, across: str) -> None:
+    """Who does what when: rows of (start, end, parts), where a part is what is done, by a look, and a word on it.
+
+    groups: {name: rows}, one below another; parts of one time stand above one another. row, across: what a row is, and
+    the label of the time with its unit.
+    """
+    from matplotlib.patches import Patch
+
+    kinds = list(dict.fromkeys(kind for rows in groups.values() for cells in rows for *_, parts in cells
+                               for kind, _ in parts))
+    looks = dict(zip(kinds, ({"color": "white"}, {"color": "0.62"}, {"color": "0.85"},
+                             {"color": "white", "hatch": "//////"}), strict=False))
+    top, places, names = 0, [], []
+    for name, rows in groups.items():
+        axes.annotate(name, (0, top), (0, 2), textcoords="offset points", fontsize=8.5)
+        for number, cells in enumerate(rows):
+            for start, end, parts in cells:
+                for part, (kind, word) in enumerate(parts):
+                    at = top + number + (part + 0.5) / len(parts)
+                    axes.barh(at, end - start, 1 / len(parts), left=start, edgecolor="black", linewidth=0.4,
+                              **looks[kind])
+                    axes.annotate(word, ((start + end) / 2, at), ha="center", va="center_baseline",
+                                  fontsize=6.5 if len(parts) == 1 else 5,
+                                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3}
+                                  if "hatch" in looks[kind] else None)
+            places.append(top + number + 0.5)
+            names.append(f"{row} {number}")
+        top += len(rows) + 1.6
+    axes.set_yticks(places, names, fontsize=7)
+    axes.set_ylim(top - 1.2, -1.2)
+    axes.set_xlim(0, max(cells[-1][1] for rows in groups.values() for cells in rows))
+    axes.set_xlabel(across)
+    axes.grid(False)
+    axes.tick_params(axis="y", length=0)
+    axes.legend(handles=[Patch(edgecolor="black", facecolor=look["color"], hatch=look.get("hatch"), label=kind)
+                         for kind, look in looks.items()],
+                loc="lower left", bbox_to_anchor=(0, 1), ncols=len(looks), fontsize=7.5, columnspacing=1.2)
 
 
 def svg(draw, name: str, label: str, height: float = 2.5) -> str:

@@ -2,7 +2,8 @@
 
 A table is a module of this package with TITLE, SOURCE (paper and table), `draw(axes, rows)`, the picture of one scale's
 rows, and SCALES ({scale: function that gives its Rows}) or STUDY (trained models, see study.py) with KIND, the module
-that trains them, where that is not study.py. NOTES, where it has them, say what the sources leave open or get wrong.
+that trains them, where that is not study.py. NOTES, where it has them, say what the sources leave open or get wrong;
+HEIGHT, in inches, where the picture is not as high as others.
 `results/NAME.json` holds the rows of every scale that was made, by scale, so that a run at one scale leaves the others
 as they stand; the Markdown and the picture show all of them.
 """
@@ -134,7 +135,7 @@ def write(name: str, scale: str, rows: list[Row], made: dict, folder: Path) -> N
             panel.set_title(f"{table.TITLE} ({each})", loc="left", pad=24)
 
     folder.mkdir(parents=True, exist_ok=True)
-    plots.save(picture, draw, len(every))
+    plots.save(picture, draw, len(every), getattr(table, "HEIGHT", plots.HEIGHT))
     write_whole(page, text)
     write_whole(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 

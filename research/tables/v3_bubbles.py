@@ -1,76 +1,40 @@
 """DeepSeek-V3's Table 2: the time that pipeline stages idle, by schedule, from the formulae and from simulation."""
 
 from research import plots
+from research.parallel import schedules
 from research.tables.runner import Row
 
 TITLE = "Bubbles of pipeline schedules"
 SOURCE = "DeepSeek-V3 (2412.19437) Table 2, evaluated for a forward chunk F = 1, a full backward chunk B = 2, its " \
          "weight-gradient part W = 1 and an overlapped pair F&B = 3 (no gain from overlap)"
 NOTES = (
-    "1F1B and ZB1P are simulated chunk by chunk with 2P micro-batches: bubbles as the formulae say.",
-    "DualPipe and DualPipeV: the formula alone; their schedules are not simulated yet. They hold parameters twice and "
-    "activations of P + 1 micro-batches, where 1F1B and ZB1P hold them once and of P.",
+    "Simulated chunk by chunk with 2P micro-batches, communication taking no time: bubbles as the formulae say.",
+    "DualPipe: the order of DeepSeek's own implementation. It holds the parameters of two stages on each device, where "
+    "1F1B and ZB1P hold those of one. Activations are micro-batches that have gone forward and not yet backward.",
+    "The picture: 4 devices, 8 micro-batches. DualPipe's that begin at the last device have a prime; of an overlapped "
+    "pair the forward chunk stands above the backward one.",
 )
+HEIGHT = 4.2  # of the picture, inches
 
-F, B, W, PAIR = 1.0, 2.0, 1.0, 3.0
+F, B, W, PAIR = schedules.COSTS
 STAGES = (4, 8, 16)
-FORMULAE = {
-    "1F1B": lambda P: (P - 1) * (F + B),
-    "ZB1P": lambda P: (P - 1) * (F + B - 2 * W),
-    "DualPipe": lambda P: (P / 2 - 1) * (PAIR + B - 3 * W),
+SCHEDULES = {  # and the paper's idle time and activations
+    "1F1B": (schedules.one_forward_one_backward, lambda P: (P - 1) * (F + B), lambda P: P),
+    "ZB1P": (schedules.zero_bubble, lambda P: (P - 1) * (F + B - 2 * W), lambda P: P),
+    "DualPipe": (schedules.dual, lambda P: (P / 2 - 1) * (PAIR + B - 3 * W), lambda P: P + 1),
 }
-
-
-def simulate(stages: int, batches: int, delayed: bool) -> tuple[float, int]:
-    """Idle time of a stage under 1F1B, and the most micro-batches whose activations one stage holds.
-
-    delayed: weight gradients are chunks of their own (ZB1P), and a stage lets as many of them wait as stages come
-    before it.
-    """
-    orders = []
-    for stage in range(stages):
-        ahead = min(stages - stage - 1, batches)
-        order = [("F", i) for i in range(ahead)]
-        for i in range(batches - ahead):
-            order += [("F", ahead + i), ("B", i)]
-        orders.append(order + [("B", i) for i in range(batches - ahead, batches)])
-    backward = B - W if delayed else B
-    done, now, waiting, held, most = {}, [0.0] * stages, [0] * stages, [0] * stages, 0
-    while any(orders):
-        start, stage = min((begin, stage) for stage in range(stages)
-                           if (begin := _start(orders, stage, stages, done, now)) is not None)
-        kind, batch = orders[stage].pop(0)
-        now[stage] = start + (F if kind == "F" else backward)
-        done[kind, batch, stage] = now[stage]
-        held[stage] += 1 if kind == "F" else -1
-        most = max(most, held[stage])
-        if kind == "B" and delayed:
-            waiting[stage] += 1
-        while waiting[stage] > stage or (waiting[stage] and not orders[stage]):
-            waiting[stage], now[stage] = waiting[stage] - 1, now[stage] + W
-    return max(now) - batches * (F + B), most  # every stage has the same to do
-
-
-def _start(orders, stage: int, stages: int, done: dict, now: list[float]) -> float | None:
-    """When a stage's next chunk can begin; None while what it waits for is not done, or nothing is left."""
-    if not orders[stage]:
-        return None
-    kind, batch = orders[stage][0]
-    needed = [("F", batch, stage - 1)] if kind == "F" and stage else []
-    if kind == "B":
-        needed = [("F", batch, stage)] + ([("B", batch, stage + 1)] if stage < stages - 1 else [])
-    return max([now[stage], *(done[each] for each in needed)]) if all(each in done for each in needed) else None
+LOOKS = {"F": "forward", "B": "backward", "I": "backward, of the input", "W": "backward, of the weights"}
 
 
 def analytic() -> list[Row]:
     rows = []
-    for name, formula in FORMULAE.items():
+    for name, (schedule, bubble, held) in SCHEDULES.items():
         for P in STAGES:
-            idle, most = (None, None) if name == "DualPipe" else simulate(P, 2 * P, delayed=name == "ZB1P")
-            rows.append(Row(f"{name}, P = {P}", "forward chunks", formula(P), idle, 1,
-                            "not simulated" if idle is None else "simulated"))
-            if idle is not None:
-                rows.append(Row(f"{name}, P = {P}: activations", "micro-batches", P, most, 0, "simulated"))
+            timeline = schedules.timed(schedule(P, 2 * P))
+            rows.append(Row(f"{name}, P = {P}", "forward chunks", bubble(P), schedules.idle(timeline), 1,
+                            "simulated"))
+            rows.append(Row(f"{name}, P = {P}: activations", "micro-batches", held(P), schedules.most_held(timeline),
+                            0, "simulated"))
     return rows
 
 
@@ -78,11 +42,11 @@ SCALES = {"analytic": analytic}
 
 
 def draw(axes, rows: list[Row]) -> None:
-    for line, name in zip(plots.LINES, FORMULAE, strict=False):
-        chosen = [row for row in rows if row.what.startswith(f"{name}, ") and row.unit == "forward chunks"]
-        axes.plot(STAGES, [row.paper for row in chosen], color="black", fillstyle="none", label=name, **line)
-        if chosen[0].ours is not None:
-            axes.plot(STAGES, [row.ours for row in chosen], "x", color="black", markersize=9,
-                      label="simulated" if name == "1F1B" else None)
-    axes.set(xlabel="pipeline stages P", ylabel="idle time of a stage (forward chunks)", xticks=STAGES)
-    axes.legend()
+    """The timelines of the fewest stages; what is idle is blank."""
+    P, groups = STAGES[0], {}
+    for name, (schedule, *_) in SCHEDULES.items():
+        (idle,) = (row.ours for row in rows if row.what == f"{name}, P = {P}")
+        groups[f"{name}: {idle:g} idle"] = [
+            [(done.start, done.end, [(LOOKS[chunk.kind], f"{chunk.batch}{'′' * chunk.way}") for chunk in done.chunks])
+             for done in device] for device in schedules.timed(schedule(P, 2 * P))]
+    plots.timeline(axes, groups, "device", "time (forward chunks)")

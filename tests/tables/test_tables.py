@@ -6,7 +6,7 @@ import pytest
 
 from research.errors import RequestError
 from research.tables import __main__ as main
-from research.tables import fp8_storage, runner, v3_bubbles
+from research.tables import fp8_storage, runner
 from tests.commands import exit_code
 
 PNG = b"\x89PNG"
@@ -163,9 +163,3 @@ def test_scales_are_those_of_the_released_tensors():
     attention = 12 * 56 + 192 * 12 + 5 * 56 + 256 * 4 + 56 * 128
     assert fp8_storage.stored(runner.published("deepseek_v3"))["scales"] == \
         62 * attention + 3 * 3 * 144 * 56 + 59 * 257 * 3 * 16 * 56
-
-
-@pytest.mark.parametrize("stages, batches", [(1, 3), (2, 4), (5, 11), (8, 16)])
-def test_simulated_schedules_idle_as_the_formulae_say(stages, batches):
-    for name, delayed in (("1F1B", False), ("ZB1P", True)):
-        assert v3_bubbles.simulate(stages, batches, delayed) == (v3_bubbles.FORMULAE[name](stages), stages)

@@ -135,7 +135,7 @@ def get_config() -> ConfigDict:
     h.fsdp = 1  # splits every matrix
     h.expert = 1  # splits the routed experts
     h.tensor = 1  # splits heads, feed-forward widths, vocabulary
-    h.pipeline = 1  # splits layers: in the account only, training refuses more than 1
+    h.pipeline = 1  # splits layers into stages; their micro-batches are the pieces of training.accumulation_steps
 
     c.checkpoint = k = ConfigDict()
     k.every_steps = 200  # besides the one at the end; 0: only that one

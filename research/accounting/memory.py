@@ -23,6 +23,7 @@ from research.accounting.request import settings_of
 from research.environment import runnable
 from research.errors import RequestError, nearest
 from research.model.build import make_model, variable_shapes
+from research.parallel import pipeline
 from research.precision.quantize import weight
 from research.precision.recipe import RECIPES
 from research.training.optimizer import make_optimizer
@@ -110,10 +111,16 @@ def of_device(settings, gpu: bool) -> dict[str, int]:
     float32, moments as the config says. Everything that one weight has is divided by fsdp, tensor and pipeline, routed
     experts by expert; master, moments and average also by the rest of the mesh (ZeRO-1). activations: what the forward
     pass keeps of a device's rows of one of the `accumulation_steps` pieces (experts see those of all devices of the
-    axis expert, and pad them), as many of them in flight as the pipeline has stages (1F1B). buffers: what the backward
-    pass has beside them at its beginning. total: the largest sum that is alive at once, where gradients take the place
-    of activations, unless they are accumulated over pieces.
+    axis expert, and pad them). buffers: what the backward pass has beside them at its beginning. total: the largest
+    sum that is alive at once, where gradients take the place of activations, unless they are accumulated over pieces.
+
+    A pipeline is the one that training runs (parallel/pipeline.py): each stage holds a copy of all that is not in the
+    layers they share, and of the micro-batches on their way what it has received. Where it does not divide those layers
+    (training refuses that, V3 did it) everything is divided by it all the same, an average of stages, of whom each
+    keeps the activations of as many micro-batches as there are stages.
     """
+    if settings.mesh.pipeline > 1 and not pipeline.shared_layers(settings.model) % settings.mesh.pipeline:
+        return _of_stage(settings, gpu)
     settings = with_plain_attention(settings)
     if not gpu and settings.precision.recipe == "bfloat16":  # XLA:CPU multiplies 16 bits through float32 copies, and
         settings = with_recipe(settings, "float32")  # keeps those
@@ -142,6 +149,16 @@ def of_device(settings, gpu: bool) -> dict[str, int]:
     passing = max(of["activations"] + of["buffers"], of["gradients"])
     of["total"] = state + passing + (of["gradients"] if pieces > 1 else 0)
     return {name: round(size) for name, size in of.items()}
+
+
+def _of_stage(settings, gpu: bool) -> dict[str, int]:
+    """A device of a stage, as of a mesh without the others."""
+    mesh, pieces = settings.mesh, settings.training.accumulation_steps
+    of = of_device(pipeline.of_stage(settings), gpu)
+    rows = settings.training.batch_size // (mesh.data * mesh.fsdp * mesh.expert * pieces)
+    numbers = pipeline.held(mesh.pipeline, pieces) * rows * settings.data.sequence_length * settings.model.hidden_size
+    received = numbers * jnp.dtype(RECIPES[settings.precision.recipe].activations).itemsize
+    return of | {"activations": of["activations"] + received, "total": of["total"] + received}
 
 
 def with_recipe(settings, name: str):

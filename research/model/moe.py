@@ -1,5 +1,6 @@
 """DeepSeekMoE: a gate that chooses K of E routed experts, beside shared ones (V3 Eq. 12-16, V2 Eq. 20-22)."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -58,7 +59,7 @@ class Gate(nn.Module):
         if c.topk_method == "noaux_tc":
             bias_E = self.variable("routing", "e_score_correction_bias", jnp.full, (c.n_routed_experts,),
                                    initial_bias(c), jnp.float32).value
-        indices_XK = self.products.on_own_rows(lambda x_XE: choose_experts(x_XE, bias_E, c), affinity_XE)
+        indices_XK = self.products.on_own_rows(partial(choose_experts, config=c), affinity_XE, bias_E)
         return affinity_XE, indices_XK, gate_weights(affinity_XE, indices_XK, c)
 
 

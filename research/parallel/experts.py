@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from kernels.choice import platform
-from research.parallel.rules import BATCH
+from research.parallel.rules import BATCH, around
 
 
 def over_mesh(compute, mesh: Mesh, x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK):
@@ -33,9 +33,10 @@ def over_mesh(compute, mesh: Mesh, x_XD, gate_EDF, up_EDF, down_EFD, indices_XK,
         return lax.psum(y_XD, "tensor") if mesh.shape["tensor"] > 1 else y_XD  # each has a part of F
 
     tokens, wide = P(BATCH, None), P("expert", None, "tensor")
+    in_specs = tokens, wide, wide, P("expert", "tensor", None), tokens, tokens
     # check_vma off: loops inside start from zeros, which would have to be marked as varying over every axis
-    return jax.shard_map(local, mesh=mesh, in_specs=(tokens, wide, wide, P("expert", "tensor", None), tokens, tokens),
-                         out_specs=tokens, check_vma=False)(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK)
+    return jax.shard_map(local, **around(mesh), in_specs=in_specs, out_specs=tokens, check_vma=False)(
+        x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK)
 
 
 def exchanged(compute, n: int, x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK):

@@ -7,7 +7,7 @@ from jax.sharding import AxisType, Mesh
 
 from research.errors import RequestError
 from research.model.build import make_model, variable_shapes
-from research.parallel import hosts
+from research.parallel import hosts, pipeline
 from research.parallel.rules import AXES, BATCH, check_shapes
 from research.precision.recipe import RECIPES
 from research.tree import paths
@@ -20,9 +20,6 @@ def make_mesh(settings, devices=None) -> Mesh | None:
     names what does not fit.
     """
     sizes, devices = {axis: settings.mesh[axis] for axis in AXES}, devices or jax.devices()
-    if settings.mesh.pipeline > 1:
-        raise RequestError.field("mesh.pipeline", settings.mesh.pipeline,
-                                 "must be 1: training has no pipeline schedule, only the account counts one")
     needed = math.prod(sizes.values())
     product = " * ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1) or "mesh.data=1"
     if hosts.several() and needed != len(devices):
@@ -30,6 +27,7 @@ def make_mesh(settings, devices=None) -> Mesh | None:
                            f"all they have, {len(devices)} {devices[0].platform} devices")
     if needed == 1:
         return None
+    pipeline.check(settings)
     if RECIPES[settings.precision.recipe].quantized:
         raise RequestError.field("precision.recipe", settings.precision.recipe,
                                  f"runs on one device: a mesh of {needed} devices needs float32 or bfloat16")

@@ -4,6 +4,7 @@
     fsdp     splits every matrix, gathered where it is used
     expert   splits the routed experts, which never move: tokens come to them (experts.py)
     tensor   splits heads, feed-forward widths and the vocabulary
+    pipeline splits the stack of layers that a pipeline's stages share (pipeline.py)
 
 The batch is split over data x fsdp x expert. Activations are placed where `Products.placed` is called, nowhere else.
 """
@@ -17,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from research.errors import RequestError
 
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("pipeline", "data", "fsdp", "expert", "tensor")  # the first is the one that is spoken over least
 BATCH = ("data", "fsdp", "expert")
 RULES = (  # the first that matches a path gives the axes of its last dimensions; none is an error
     (r"/mlp/(gate|up)_proj$", ("expert", "fsdp", "tensor")),  # E D F
@@ -41,18 +42,29 @@ class Shardings(NamedTuple):
     whole: NamedSharding  # on every device
 
 
-def axes_of(path: str, rank: int) -> tuple:
-    """The mesh axis (or None) of each dimension of the array at this path; a stack of layers leads with None."""
+def shared_stack(names) -> str:
+    """Which of the stacks among a model's parameters the stages of a pipeline share: the one with experts, if any."""
+    return "layers" if "layers" in names else "dense_layers"
+
+
+def is_in(stack: str, path: str) -> bool:
+    """Whether the array at this path is of this stack of layers."""
+    return re.search(rf"(^|/){stack}/", path) is not None
+
+
+def axes_of(path: str, rank: int, shared: str) -> tuple:
+    """The mesh axis (or None) of each dimension of the array at this path; `shared`: the stack that stages share."""
     for pattern, axes in RULES:
         if re.search(pattern, path):
-            return (None,) * (rank - len(axes)) + axes
+            return ("pipeline" if is_in(shared, path) else None,) * (rank - len(axes)) + axes
     raise ValueError(f"no rule of RULES covers {path}")
 
 
 def check_shapes(shapes, sizes: dict[str, int]) -> None:
     """RequestError for the first parameter that the mesh does not divide. shapes: {`path`: shape and dtype}."""
+    shared = shared_stack({path.split("/")[0] for path in shapes})
     for path, leaf in shapes.items():
-        for axis, length in zip(axes_of(path, len(leaf.shape)), leaf.shape, strict=True):
+        for axis, length in zip(axes_of(path, len(leaf.shape), shared), leaf.shape, strict=True):
             if axis and length % sizes[axis]:
                 raise RequestError.field(f"mesh.{axis}", sizes[axis],
                                          f"does not divide the {length} of {path} {tuple(leaf.shape)}")
@@ -67,28 +79,40 @@ def spread(axes: tuple, shape: tuple, mesh: Mesh) -> tuple:
 
 def shardings(mesh: Mesh, state) -> Shardings:
     """Of a train step over this mesh; state: its shapes."""
+    shared = shared_stack(state["params"])
+
     def place(path, leaf):
         names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
         if not leaf.shape:  # counts
             return NamedSharding(mesh, P())
-        axes = axes_of("/".join(names), len(leaf.shape))
+        axes = axes_of("/".join(names), len(leaf.shape), shared)
         return NamedSharding(mesh, P(*(spread(axes, leaf.shape, mesh) if names[0] in SPREAD else axes)))
 
     return Shardings(jax.tree_util.tree_map_with_path(place, state), NamedSharding(mesh, P(BATCH)),
                      NamedSharding(mesh, P()))
 
 
-def on_own_rows(mesh: Mesh | None, function, *arrays):
-    """function(*arrays) of arrays whose first dimension is the batch, each device for its own rows, without gradient.
+def around(mesh: Mesh) -> dict:
+    """The mesh and the axes of it that are left, as `jax.shard_map` takes them: within a pipeline one is taken."""
+    context = jax.sharding.get_abstract_mesh()
+    return {"mesh": context if context.manual_axes else mesh,
+            "axis_names": set(mesh.axis_names) - set(context.manual_axes)}
+
+
+def on_own_rows(mesh: Mesh | None, function, x, *whole):
+    """function(x, *whole), each device for its own rows of x, whose first dimension is the batch; without gradient.
 
     For what XLA does not split by itself: it gathers the whole batch for `top_k`.
     """
     if mesh is None:
-        return function(*arrays)
-    return jax.shard_map(function, mesh=mesh, in_specs=P(BATCH), out_specs=P(BATCH),
-                         check_vma=False)(*map(jax.lax.stop_gradient, arrays))
+        return function(x, *whole)
+    return jax.shard_map(function, **around(mesh), in_specs=(P(BATCH), *(P() for _ in whole)), out_specs=P(BATCH),
+                         check_vma=False)(*jax.lax.stop_gradient((x, *whole)))
 
 
-def placed(mesh: Mesh | None, x):
-    """An activation whose first dimension is the batch, split over the devices that share it; whole in all others."""
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH)))
+def placed(mesh: Mesh | None, x, *before):
+    """An activation whose first dimension, but for those `before`, is the batch, split over the devices that share it;
+    whole in all others."""
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(around(mesh)["mesh"], P(*before, BATCH)))

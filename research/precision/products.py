@@ -63,9 +63,9 @@ class Products:
         """x (B, ...) where the mesh has it, see `parallel.rules`; x itself on one device."""
         return placed(self.mesh, x)
 
-    def on_own_rows(self, function, *arrays):
+    def on_own_rows(self, function, x, *whole):
         """See `parallel.rules`."""
-        return on_own_rows(self.mesh, function, *arrays)
+        return on_own_rows(self.mesh, function, x, *whole)
 
     def linear(self, x, w_DF, name: str, histories):
         """x (..., D) times w_DF, in the dtype of activations. name: the projection's; histories: of `matmul.linear`."""

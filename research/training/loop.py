@@ -50,6 +50,7 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
     settings = settings.with_vocabulary(corpus.tokenizer.vocab_size)
     steps, saving, evaluating = settings.training.steps, settings.checkpoint, settings.evaluation
     model = make_model(settings, make_mesh(settings))
+    step_function = make_train_step(model, settings, loss)
     corpus = shared_out(corpus, model, settings)
     checkpoints = Checkpoints(workdir / "checkpoints", saving.keep_last, saving.keep_best)
     step = 0  # the one that is at work
@@ -84,7 +85,7 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
         stop = stack.enter_context(StopRequests(hosts.Stops(model.products.mesh) if hosts.several() else None))
         profiler = Profiler(workdir / "profile", first + 3 if profile and hosts.is_first() else None)
         flops_per_token = flops.training_per_token(settings)
-        step_function, compiled, eval_step = make_train_step(model, settings, loss), {}, make_eval_step(model, settings)
+        compiled, eval_step = {}, make_eval_step(model, settings)
         pending, ready = None, 0.0  # the step whose metrics are not read yet: (step, metrics, tokens, dispatched)
 
         def read_pending():

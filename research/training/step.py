@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from research.errors import RequestError
 from research.model.balance import load_violation, update_bias
 from research.model.build import init_variables, variable_shapes
-from research.model.transformer import Transformer
-from research.parallel.rules import Shardings, shardings
+from research.model.transformer import Transformer, balance_of, block_inputs
+from research.parallel import pipeline
+from research.parallel.rules import Shardings, placed, shardings
 from research.training import schedules
 from research.training.losses import mtp_targets, token_losses
 from research.training.optimizer import make_optimizer
@@ -66,14 +68,22 @@ def apply_model(model, settings, params, routing, batch, amax=None):
     amax: histories of delayed scaling; None or {}: every tensor scales itself.
     """
     variables = {"params": params, "routing": routing} | ({"amax": amax} if amax else {})
-    return model.apply(variables, batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"],
-                       attend_across=not settings.data.mask_documents)
+    return model.apply(variables, batch["tokens_BT"], *_blocks_read(batch, settings))
+
+
+def _blocks_read(batch, settings):
+    """What blocks read of a batch: segments, positions, and whether they attend across documents."""
+    return batch["segments_BT"], batch["positions_BT"], not settings.data.mask_documents
 
 
 def loads_of(routing):
     """What the bias update and the metrics read of `out['routing']`: {`layers`: (L, E) or None, `mtp`: [(E,)]}."""
     return {"layers": None if routing["layers"] is None else routing["layers"]["loads"],
-            "mtp": [r["loads"] for r in routing["mtp"] if r is not None]}
+            "mtp": _loads(routing["mtp"])}
+
+
+def _loads(routings) -> list:
+    return [routing["loads"] for routing in routings if routing is not None]
 
 
 def loss_of(trained, routing, batch, total, pieces: int, weight, model, settings):
@@ -83,11 +93,45 @@ def loss_of(trained, routing, batch, total, pieces: int, weight, model, settings
     of `amax` is its value after the step. Returns (loss, metrics).
     """
     logits_BTV, out = apply_model(model, settings, trained["params"], routing, batch, trained["amax"])
-    main, deeper = token_losses(logits_BTV, out["mtp_logits"], batch)
-    main, deeper, balance = main / total, deeper / total, out["balance_loss"] / pieces
+    losses = token_losses(logits_BTV, out["mtp_logits"], batch)
+    loss, metrics = _joined(*losses, out["balance_loss"], total, pieces, weight)
+    return loss, metrics | {"loads": loads_of(out["routing"])}
+
+
+def _joined(main, deeper, balance, total, pieces, weight):
+    """(loss, metrics) of the sums of `token_losses` and the balance loss of a piece."""
+    main, deeper, balance = main / total, deeper / total, balance / pieces
     loss = main + balance + (weight * jnp.mean(deeper) if deeper.size else 0)
-    return loss, {"loss": loss, "next_token_loss": main, "mtp_loss": deeper, "balance_loss": balance,
-                  "loads": loads_of(out["routing"])}
+    return loss, {"loss": loss, "next_token_loss": main, "mtp_loss": deeper, "balance_loss": balance}
+
+
+def stage_of(model: Transformer, settings, rows: int, total, weight) -> pipeline.Stage:
+    """A stage of the model's pipeline on pieces of `rows` rows: the stages' parts of the loss sum to `loss_of`.
+
+    Its metrics: the loads of its own layers, (L, E); and those of `loss_of`, with the loads of multi-token modules.
+    """
+    part, pieces = model.clone(config=pipeline.of_stage(settings).model), settings.training.accumulation_steps
+
+    def layers(params, routing, received_BTD, batch, first):
+        variables, inputs = {"params": params, "routing": routing}, block_inputs(*_blocks_read(batch, settings))
+        begun_BTD = part.apply(variables, batch["tokens_BT"], inputs, method="begin")
+        return part.apply(variables, jnp.where(first, begun_BTD, received_BTD), inputs, method="main")
+
+    def forward(*arguments):
+        return layers(*arguments)[0]
+
+    def whole(params, routing, received_BTD, batch, first, last):
+        passed_BTD, found = layers(params, routing, received_BTD, batch, first)
+
+        logits_BTV, out = part.apply({"params": params, "routing": routing}, passed_BTD, batch["tokens_BT"],
+                                     block_inputs(*_blocks_read(batch, settings)), method="end")
+        ended = *token_losses(logits_BTV, out["mtp_logits"], batch), balance_of(*out["routing"]), _loads(out["routing"])
+        main, deeper, balance, mtp_loads = jax.tree.map(lambda x: jnp.where(last, x, 0), ended)
+        loss, metrics = _joined(main, deeper, balance + balance_of(found), total, pieces, weight)
+        return (passed_BTD, loss), (found and found["loads"], (metrics, mtp_loads))
+
+    shape = rows, settings.data.sequence_length, settings.model.hidden_size
+    return pipeline.Stage(jax.ShapeDtypeStruct(shape, model.products.dtype), forward, whole)
 
 
 def update_routing(routing, loads, config, speed):
@@ -107,6 +151,9 @@ def make_train_step(model: Transformer, settings, loss=loss_of):
     `load_violation` averaged over layers, with `load_violation_by_layer` and, for the multi-token routers,
     `mtp_load_violation`.
     """
+    if loss is not loss_of and settings.mesh.pipeline > 1:
+        raise RequestError.field("mesh.pipeline", settings.mesh.pipeline,
+                                 "must be 1: only pre-training's own loss is computed in stages")
     over = shardings_of(model, settings)
     placing = {"in_shardings": (over.state, over.batch), "out_shardings": (over.state, over.whole)} if over else {}
     optimizer, pieces, steps = make_optimizer(settings), settings.training.accumulation_steps, settings.training.steps
@@ -117,6 +164,8 @@ def make_train_step(model: Transformer, settings, loss=loss_of):
             (_, metrics), gradients = gradient(trained, routing, batch, total, 1, weight)
             return gradients, metrics
         parts = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), batch)
+        if settings.mesh.pipeline > 1:
+            return in_stages(trained, routing, parts, total, weight)
 
         def add(carry, part):
             (_, metrics), gradients = gradient(trained, routing, part, total, pieces, weight)
@@ -126,6 +175,13 @@ def make_train_step(model: Transformer, settings, loss=loss_of):
         shapes = jax.eval_shape(lambda p: gradient(trained, routing, p, total, pieces, weight), first)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[1], shapes[0][1]))
         return jax.lax.scan(add, zeros, parts)[0]
+
+    def in_stages(trained, routing, parts, total, weight):
+        mesh, rows = model.products.mesh, parts["tokens_BT"].shape[1]
+        parts = jax.tree.map(lambda x: placed(mesh, x, None), parts)
+        gradients, (loads, (metrics, mtp_loads)) = pipeline.gradients(
+            stage_of(model, settings, rows, total, weight), mesh, trained["params"], routing, parts)
+        return {"params": gradients, "amax": {}}, metrics | {"loads": {"layers": loads, "mtp": mtp_loads}}
 
     @partial(jax.jit, donate_argnums=0, **placing)
     def train_step(state, batch):

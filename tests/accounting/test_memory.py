@@ -128,6 +128,24 @@ def test_a_mesh_divides_what_it_shards():
     assert experts["moments"] == pytest.approx(routed["moments"] / 4, rel=1e-3)
 
 
+def test_a_stage_holds_its_layers_what_all_hold_and_what_it_has_received():
+    """By hand: of two layers with experts each stage has one; a third micro-batch is on its way beside the last two."""
+    fields = "mesh.data=1", "training.batch_size=32", "training.accumulation_steps=4"
+    alone, two = (memory.of_device(settings_of("experiments/nano.py:smoke", (*fields, *more)), gpu=False)
+                  for more in (("model.num_hidden_layers=2",), ("mesh.pipeline=2",)))
+    received = 3 * 8 * 64 * 64 * 4  # rows, positions, width, float32
+    assert two["activations"] == alone["activations"] + received and two["total"] == alone["total"] + received
+    assert [two[name] for name in ("weights", "gradients", "moments")] == [
+        alone[name] for name in ("weights", "gradients", "moments")]
+
+
+def test_stages_that_training_refuses_are_counted_as_an_average():
+    """Two layers with experts, three stages."""
+    one, three = (memory.of_device(settings_of("experiments/nano.py:smoke", fields), gpu=False)
+                  for fields in ((), ("mesh.pipeline=3",)))
+    assert [three[name] / one[name] for name in ("weights", "moments")] == pytest.approx([1 / 3] * 2, rel=1e-3)
+
+
 def test_what_a_cpu_does_not_spare_is_counted():
     """16 bits are multiplied through float32 copies, and unrolled layers are not computed again; a GPU does spare both.
     (Measured: compiled smokes take what is counted within 6%, with and without.)"""

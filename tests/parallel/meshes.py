@@ -19,6 +19,14 @@ MESHES = {
     "fsdp": {"fsdp": 8},
     "expert": {"expert": 8},
     "tensor and expert": {"tensor": 2, "expert": 4},
+    "one in pieces": {},
+    "pipeline": {"pipeline": 4},
+    "pipeline and expert": {"pipeline": 2, "expert": 4},
+}
+PIPELINES = ("pipeline", "pipeline and expert")
+IN_PIECES = {  # of these, and of the one device that they must equal: a dense layer, four with experts, micro-batches
+    "model.num_hidden_layers": 5, "model.first_k_dense_replace": 1, "model.attention": "gqa",
+    "training.batch_size": 16, "training.accumulation_steps": 4,
 }
 ROWS = ((7, 5), (4, 3, 3), (12,), (5, 6), (2, 2, 2), (9, 1), (11,), ())
 STEPS = 3
@@ -36,15 +44,17 @@ def run(name: str) -> dict:
     from tests import tiny
 
     experts, attention = ("auto", "xla") if name == DISPATCHED else ("reference", "reference")
-    s = tiny.settings(FIELDS | {f"mesh.{axis}": size for axis, size in MESHES[name].items()}
+    pieces = IN_PIECES if name in ("one in pieces", *PIPELINES) else {}
+    rows = ROWS * (2 if pieces else 1)
+    s = tiny.settings(FIELDS | pieces | {f"mesh.{axis}": size for axis, size in MESHES[name].items()}
                       | {"model.attention_implementation": attention})
     model, variables = tiny.model(s, experts=experts)
     model = model.clone(products=replace(model.products, mesh=make_mesh(s)))
     state = init_state(model, s, variables)
-    step = make_train_step(model, s).lower(state, tiny.batch(ROWS)).compile(QUICK)
+    step = make_train_step(model, s).lower(state, tiny.batch(rows)).compile(QUICK)
     metrics, gradients = [], None
     for number in range(STEPS):
-        state, found = step(state, tiny.batch(ROWS, seed=number))
+        state, found = step(state, tiny.batch(rows, seed=number))
         metrics.append({key: np.asarray(value).tolist() for key, value in found.items()})
         if gradients is None:
             gradients = {path: np.asarray(x).tolist() for path, x in paths(state["optimizer"][0].mu).items()}
@@ -59,7 +69,8 @@ def run(name: str) -> dict:
 
 
 def restored(folder: str) -> dict:
-    """Shapes on a device of experts saved by fsdp 4, read by expert 2 and by one; whether all bits are equal."""
+    """Shapes on a device of experts saved by two stages of fsdp 4, read by expert 2 and by one; whether all bits are
+    equal."""
     import jax
     import numpy as np
 
@@ -69,14 +80,15 @@ def restored(folder: str) -> dict:
     from tests import tiny
 
     def on(**sizes):
-        s = tiny.settings(FIELDS | {f"mesh.{axis}": size for axis, size in sizes.items()})
+        s = tiny.settings(FIELDS | {"model.num_hidden_layers": 2, "training.accumulation_steps": 2}
+                          | {f"mesh.{axis}": size for axis, size in sizes.items()})
         model, variables = tiny.model(s)
         return model.clone(products=replace(model.products, mesh=make_mesh(s))), s, variables
 
     def held(state):
         return list(state["params"]["layers"]["mlp"]["gate_proj"].addressable_shards[0].data.shape)
 
-    state, checkpoints = init_state(*on(fsdp=4)), Checkpoints(folder, 1, 0)
+    state, checkpoints = init_state(*on(pipeline=2, fsdp=4)), Checkpoints(folder, 1, 0)
     checkpoints.save(3, state, {})
     checkpoints.close()
     read = [checkpoints.restore(3, abstract_state(*on(**sizes)[:2]))[0] for sizes in ({"expert": 2}, {})]

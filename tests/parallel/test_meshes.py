@@ -1,4 +1,4 @@
-"""One device equals eight: loss, gradients, routing biases and metrics over several steps on every kind of mesh."""
+"""One device equals several: loss, gradients, routing biases and metrics over several steps on every kind of mesh."""
 
 import json
 import os
@@ -14,10 +14,10 @@ from research.errors import RequestError
 from research.parallel.mesh import make_mesh
 from research.parallel.rules import axes_of
 from tests import tiny
-from tests.parallel.meshes import FIELDS, MESHES, STEPS
+from tests.parallel.meshes import FIELDS, IN_PIECES, MESHES, PIPELINES, STEPS
 
 ROOT = Path(__file__).parents[2]
-OTHERS = [name for name in MESHES if name != "one"]
+OTHERS = [name for name in MESHES if not name.startswith("one")]
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,15 @@ def found():
     return json.loads(done.stdout)
 
 
+def alone(mesh: str) -> str:
+    """The run on one device that this mesh must equal."""
+    return "one in pieces" if mesh in PIPELINES else "one"
+
+
 @pytest.mark.parametrize("mesh", OTHERS)
 def test_every_gradient_is_that_of_one_device(found, mesh):
     """Adam's first moments after the first step: a tenth of the gradients, which no norm has clipped."""
-    one, other = found["one"]["gradients"], found[mesh]["gradients"]
+    one, other = found[alone(mesh)]["gradients"], found[mesh]["gradients"]
     assert one.keys() == other.keys()
     for path, expected in one.items():
         expected, actual = np.asarray(expected), np.asarray(other[path])
@@ -45,7 +50,7 @@ def test_every_gradient_is_that_of_one_device(found, mesh):
 def test_metrics_of_every_step_are_those_of_one_device(found, mesh):
     """Loads are counted over the whole batch, once: each expert's load is a whole number, so equal or wrong."""
     assert len(found[mesh]["metrics"]) == STEPS
-    for one, other in zip(found["one"]["metrics"], found[mesh]["metrics"], strict=True):
+    for one, other in zip(found[alone(mesh)]["metrics"], found[mesh]["metrics"], strict=True):
         assert one.keys() == other.keys()
         for name, expected in one.items():
             np.testing.assert_allclose(other[name], expected, rtol=2e-4, err_msg=name)
@@ -54,7 +59,7 @@ def test_metrics_of_every_step_are_those_of_one_device(found, mesh):
 @pytest.mark.parametrize("mesh", OTHERS)
 def test_the_state_after_several_steps_is_that_of_one_device(found, mesh):
     """Biases have moved alike; of the weights Adam's division enlarges what is next to nothing."""
-    one, other = found["one"]["state"], found[mesh]["state"]
+    one, other = found[alone(mesh)]["state"], found[mesh]["state"]
     assert one["routing"].keys() == other["routing"].keys() and len(one["routing"]) == 2
     for path, expected in one["routing"].items():
         np.testing.assert_allclose(other["routing"][path], expected, atol=1e-6, err_msg=path)
@@ -98,11 +103,16 @@ def test_a_device_holds_its_share(found):
     assert found["expert"]["held"][experts] == [1, 1, 16, 40]
     assert found["tensor and expert"]["held"][experts] == [1, 2, 16, 20]
     assert found["tensor and expert"]["held"][matrix] == [1, 16, 20]
+    assert found["one in pieces"]["held"][experts] == [4, 8, 16, 40]
+    assert found["pipeline"]["held"][experts] == [1, 8, 16, 40]
+    assert found["pipeline and expert"]["held"][experts] == [2, 2, 16, 40]
+    assert found["pipeline and expert"]["held"]["lm_head"] == [16, 32]  # and all else is on every stage
+    assert found["pipeline and expert"]["held"]["dense_layers/mlp/gate_proj/kernel"] == [1, 16, 24]
 
 
 def test_a_checkpoint_goes_on_on_another_mesh(found):
-    """Saved by four, read by two and by one: the same bits, split as the reader's mesh says."""
-    assert found["restored"] == {"saved": [1, 8, 4, 40], "two": [1, 4, 16, 40], "one": [1, 8, 16, 40],
+    """Saved by two stages of four, read by two and by one: the same bits, split as the reader's mesh says."""
+    assert found["restored"] == {"saved": [1, 8, 4, 40], "two": [2, 4, 16, 40], "one": [2, 8, 16, 40],
                                  "equal": [True, True]}
 
 
@@ -116,7 +126,12 @@ def test_a_checkpoint_goes_on_on_another_mesh(found):
     ({"mesh.expert": 4, "model.n_routed_experts": 6, "model.n_group": 1, "model.topk_group": 1},
      r"config.mesh.expert=4 does not divide config.model.n_routed_experts=6"),
     ({"mesh.expert": 2, "model.n_routed_experts": 0}, r"config.mesh.expert=2 must be 1: the model has no experts"),
-    ({"mesh.pipeline": 2, "model.num_hidden_layers": 2}, r"config.mesh.pipeline=2 must be 1: training has no pipeline"),
+    (IN_PIECES | {"mesh.pipeline": 3}, r"mesh.pipeline=3 does not divide the 4 layers with experts; the first stage"),
+    (tiny.DENSE | {"model.num_hidden_layers": 3, "mesh.pipeline": 2}, r"mesh.pipeline=2 does not divide the 3 layers$"),
+    (IN_PIECES | {"mesh.pipeline": 4, "training.accumulation_steps": 2},
+     r"config.training.accumulation_steps=2 must be at least config.mesh.pipeline=4: the pieces of a batch"),
+    (IN_PIECES | {"mesh.pipeline": 2, "mesh.tensor": 2}, r"config.mesh.tensor=2 must be 1 with config.mesh.pipeline=2"),
+    (IN_PIECES | {"mesh.pipeline": 4}, r"config.mesh.pipeline=4 needs 4 devices: 1 cpu device is present"),
     ({"mesh.data": 2, "precision.recipe": "fp8_deepseek"}, r"precision.recipe='fp8_deepseek' runs on one device"),
 ])
 def test_what_does_not_fit_is_refused_with_the_numbers(fields, said):
@@ -140,6 +155,7 @@ def test_a_mesh_of_one_is_no_mesh():
 
 
 def test_no_rule_covers_a_strange_parameter():
-    assert axes_of("layers/mlp/up_proj", 4) == (None, "expert", "fsdp", "tensor")
+    assert axes_of("layers/mlp/up_proj", 4, "layers") == ("pipeline", "expert", "fsdp", "tensor")
+    assert axes_of("dense_layers/mlp/up_proj/kernel", 3, "layers") == (None, "fsdp", "tensor")
     with pytest.raises(ValueError, match="no rule of RULES covers strange"):
-        axes_of("strange", 2)
+        axes_of("strange", 2, "layers")

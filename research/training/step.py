@@ -68,11 +68,11 @@ def apply_model(model, settings, params, routing, batch, amax=None):
     amax: histories of delayed scaling; None or {}: every tensor scales itself.
     """
     variables = {"params": params, "routing": routing} | ({"amax": amax} if amax else {})
-    return model.apply(variables, batch["tokens_BT"], *_blocks_read(batch, settings))
+    return model.apply(variables, batch["tokens_BT"], *_read(batch, settings))
 
 
-def _blocks_read(batch, settings):
-    """What blocks read of a batch: segments, positions, and whether they attend across documents."""
+def _read(batch, settings):
+    """What blocks are told of a batch: segments, positions, and whether they attend across documents."""
     return batch["segments_BT"], batch["positions_BT"], not settings.data.mask_documents
 
 
@@ -112,19 +112,22 @@ def stage_of(model: Transformer, settings, rows: int, total, weight) -> pipeline
     """
     part, pieces = model.clone(config=pipeline.of_stage(settings).model), settings.training.accumulation_steps
 
+    def bound(params, routing, batch):
+        """What applies a part of the model, and what its blocks read."""
+        return partial(part.apply, {"params": params, "routing": routing}), block_inputs(*_read(batch, settings))
+
     def layers(params, routing, received_BTD, batch, first):
-        variables, inputs = {"params": params, "routing": routing}, block_inputs(*_blocks_read(batch, settings))
-        begun_BTD = part.apply(variables, batch["tokens_BT"], inputs, method="begin")
-        return part.apply(variables, jnp.where(first, begun_BTD, received_BTD), inputs, method="main")
+        apply, inputs = bound(params, routing, batch)
+        begun_BTD = apply(batch["tokens_BT"], inputs, method="begin")
+        return apply(jnp.where(first, begun_BTD, received_BTD), inputs, method="main")
 
     def forward(*arguments):
         return layers(*arguments)[0]
 
     def whole(params, routing, received_BTD, batch, first, last):
         passed_BTD, found = layers(params, routing, received_BTD, batch, first)
-
-        logits_BTV, out = part.apply({"params": params, "routing": routing}, passed_BTD, batch["tokens_BT"],
-                                     block_inputs(*_blocks_read(batch, settings)), method="end")
+        apply, inputs = bound(params, routing, batch)
+        logits_BTV, out = apply(passed_BTD, batch["tokens_BT"], inputs, method="end")
         ended = *token_losses(logits_BTV, out["mtp_logits"], batch), balance_of(*out["routing"]), _loads(out["routing"])
         main, deeper, balance, mtp_loads = jax.tree.map(lambda x: jnp.where(last, x, 0), ended)
         loss, metrics = _joined(main, deeper, balance + balance_of(found), total, pieces, weight)
@@ -149,7 +152,7 @@ def make_train_step(model: Transformer, settings, loss=loss_of):
     batch: `tokens_BT`, `targets_BT`, `segments_BT`, `positions_BT`, `mask_BT`, and what else `loss` reads, which is as
     `loss_of`; B is a multiple of `training.accumulation_steps`. Metrics: float32 scalars, `mtp_loss` (M,), and
     `load_violation` averaged over layers, with `load_violation_by_layer` and, for the multi-token routers,
-    `mtp_load_violation`.
+    `mtp_load_violation`. RequestError for another loss in a pipeline.
     """
     if loss is not loss_of and settings.mesh.pipeline > 1:
         raise RequestError.field("mesh.pipeline", settings.mesh.pipeline,

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from research.errors import RequestError
+from research.model.build import make_model
 from research.parallel.mesh import make_mesh
 from research.parallel.rules import axes_of
+from research.training.step import make_train_step
 from tests import tiny
 from tests.parallel.meshes import FIELDS, IN_PIECES, MESHES, PIPELINES, STEPS
 
@@ -137,6 +139,12 @@ def test_a_checkpoint_goes_on_on_another_mesh(found):
 def test_what_does_not_fit_is_refused_with_the_numbers(fields, said):
     with pytest.raises(RequestError, match=said):
         make_mesh(tiny.settings(FIELDS | fields))
+
+
+def test_another_loss_is_not_computed_in_stages():
+    s = tiny.settings(FIELDS | IN_PIECES | {"mesh.pipeline": 2})
+    with pytest.raises(RequestError, match=r"config.mesh.pipeline=2 must be 1: only pre-training's own loss"):
+        make_train_step(make_model(s), s, loss=lambda *arguments, **more: None)
 
 
 def test_evaluation_is_split_too():

@@ -133,8 +133,9 @@ def of_device(settings, gpu: bool) -> dict[str, int]:
     held = (total - routed + routed / mesh.expert) / (mesh.fsdp * mesh.tensor * mesh.pipeline)
     rows = settings.training.batch_size // (mesh.data * mesh.fsdp * mesh.expert * pieces)
     tokens = rows * settings.data.sequence_length
-    one = {axis: 1 for axis in mesh}  # of what all meshes share
-    kept, copies = _kept_and_copies(replace(settings, mesh=FrozenConfigDict(one)), rows * mesh.expert, gpu)
+    alone = replace(settings, mesh=FrozenConfigDict({axis: 1 for axis in mesh}),  # what all meshes and pieces share
+                    training=FrozenConfigDict({**settings.training, "accumulation_steps": 1}))
+    kept, copies = _kept_and_copies(alone, rows * mesh.expert, gpu)
     in_flight = min(mesh.pipeline, pieces) / mesh.pipeline
     of = {
         "weights": 4 * held if recipe.name == "float32" else copies * held / total if recipe.quantized else 2 * held,

@@ -1,0 +1,70 @@
+"""DeepSeek-V3 on a cluster: memory of a GPU, what it sends, and the least a step can take, by mesh, from shapes."""
+
+from research import plots
+from research.accounting import cost, flops, memory
+from research.parallel import schedules
+from research.tables.runner import Row, of_unit, published
+
+TITLE = "DeepSeek-V3 on a cluster of H800, by mesh"
+SOURCE = "DeepSeek-V3 (2412.19437) §3.1-3.2: 16-way pipeline, 64-way experts, ZeRO-1; the step of 2,048 GPUs: " \
+         "Insights into DeepSeek-V3 (2505.09343) Table 4"
+NOTES = (
+    "Memory: the account's, of FP8 training with the up-projections computed again and one row of 4,096 tokens a "
+    "micro-batch; no GPU was measured. An H800 has 80 GB. DualPipe's second copy of a stage's weights is not in it.",
+    "Products: the FLOPs of Insights' rule, attention at 989 TFLOP/s, all else at twice that, the peak of FP8.",
+    "Sent: each token to at most 4 nodes in FP8 with its scales, back in bfloat16, and the same for the gradients, at "
+    "50 GB/s (400G InfiniBand), which hides behind the products or they behind it.",
+    "The least time is the longer of the two, with DualPipe's bubbles at chunks of 1 forward, 2 backward. V3's step "
+    "takes three times that: kernels reach 385 TFLOP/s (causal), stages idle 2.06 s, and there is the optimiser.",
+)
+
+GPU, NETWORK = cost.GPUS["H800"], 50e9  # bytes a second
+ROWS, STEP = 15360, 19.926  # a step of V3, and its seconds on the first mesh
+MESHES = ((16, 64, 2), (16, 64, 1), (8, 64, 1))  # pipeline, expert, data
+SCALE_BYTES = 4 / 128  # of an entry in FP8
+
+
+def sent_per_token(model) -> float:
+    """Bytes that the experts of one layer make a token send to other nodes in a training step, at most."""
+    there, back = 1 + SCALE_BYTES, 2
+    return 2 * model.topk_group * model.hidden_size * (there + back)
+
+
+def of_mesh(pipeline: int, expert: int, data: int) -> list[Row]:
+    gpus, batches = pipeline * expert * data, ROWS // (expert * data)
+    s = published("deepseek_v3", f"mesh.pipeline={pipeline}", f"mesh.expert={expert}", f"mesh.data={data}",
+                  f"training.accumulation_steps={batches}", f"training.batch_ramp_start={ROWS}",
+                  "evaluation.batch_size=128")
+    m, tokens = s.model, ROWS * s.data.sequence_length / gpus
+    counted = flops.by_isca_rule(s)
+    attention = counted["training_full"] - counted["training_causal"]
+    products = tokens * (attention / GPU.peak + (counted["training_causal"] - attention) / (2 * GPU.peak))
+    sent = tokens * (m.num_hidden_layers - m.first_k_dense_replace) * sent_per_token(m)
+    idle = schedules.idle(schedules.timed(schedules.dual(pipeline, batches)))
+    bubble = idle / (batches * (schedules.COSTS.forward + schedules.COSTS.backward))
+    name = f"{gpus:,} GPUs: pipeline {pipeline} x expert {expert} x data {data}"
+    held = memory.of_device(s, gpu=True)["total"]
+    return [
+        Row(name, "GB a GPU", None, held / 1e9, 1, "fits" if held < GPU.memory else "does not fit into 80 GB"),
+        Row(f"{name}, sent", "GB a GPU and step", None, sent / 1e9, 1, "to at most 4 nodes a token"),
+        Row(f"{name}, sending", "s", None, sent / NETWORK, 2, "at 50 GB/s"),
+        Row(f"{name}, products", "s", None, products, 2, "at the peaks"),
+        Row(f"{name}, idle", "% of the work", None, 100 * bubble, 1, f"DualPipe, {batches} micro-batches"),
+        Row(f"{name}, least time of a step", "s", STEP if (pipeline, expert, data) == MESHES[0] else None,
+            max(products, sent / NETWORK) * (1 + bubble), 2, "the longer of the two, and the idle time"),
+    ]
+
+
+def analytic() -> list[Row]:
+    return [row for mesh in MESHES for row in of_mesh(*mesh)]
+
+
+SCALES = {"analytic": analytic}
+
+
+def draw(axes, rows: list[Row]) -> None:
+    seconds = of_unit(rows, "s")  # three of each mesh
+    parts = {name: [row.ours for row in seconds[i::3]] for i, name in enumerate(("sending", "products", "least step"))}
+    plots.bars(axes, [row.what.split(":")[0] for row in seconds[::3]],
+               parts | {"V3's step": [row.paper for row in seconds[2::3]]},
+               "seconds of a step of 62.9 million tokens", 1)

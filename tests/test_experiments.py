@@ -153,7 +153,7 @@ def test_the_smoke_trains(file, tmp_path, cache):
         f"--config.data.cache={cache}", f"--config.training.steps={steps}", "--config.data.max_documents=60",
         f"--config.model.scan_unroll={unroll}", f"--config.model.first_k_dense_replace={dense}",
         f"--config.mtp.num_nextn_predict_layers={modules}", "--config.data.validation_fraction=0.03",
-        "--config.evaluation.samples=0"], cache))
+        "--config.evaluation.samples=0", *([] if default else ["--config.data.sequence_length=64"])], cache))
     assert code == 0, err
     assert "bits per byte" in out and "Traceback" not in err
     losses = [line["next_token_loss"] for line in runs.lines(workdir, "train")]

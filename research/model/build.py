@@ -27,14 +27,27 @@ def make_model(settings, mesh: Mesh | None = None) -> Transformer:
 def variable_shapes(model: Transformer, settings):
     """{`params`, `routing`, `amax`} as ShapeDtypeStructs: nothing is allocated, whatever the size.
 
-    They are those of the plainest model that has them, which is traced in a tenth of an FP8 model's time.
+    They are those of the plainest model that has them, which is traced in a tenth of an FP8 model's time; what the
+    model itself refuses is for `check_implementations`.
     """
     products = replace(model.products, mesh=None, experts_implementation="reference")
     if not products.history:
         products = Products(RECIPES["float32"], experts_implementation="reference")
     config = FrozenConfigDict({**model.config, "attention_implementation": "xla"})  # the others ask for a GPU
-    variables = _initialized(model.clone(products=products, config=config), min(8, settings.data.sequence_length))
+    variables = _initialized(model.clone(products=products, config=config), example_length(settings))
     return {name: jax.tree.map(lambda leaf: leaf, variables.get(name, {})) for name in ("params", "routing", "amax")}
+
+
+def check_implementations(model: Transformer, settings) -> None:
+    """Raises what a GPU's kernels say that the settings ask for by name and that cannot run here or on these shapes."""
+    if settings.precision.implementation == "mosaic" or settings.model.attention_implementation == "cudnn":
+        products = replace(model.products, mesh=None)  # the example's one row is not to be split
+        _initialized(model.clone(products=products), example_length(settings))
+
+
+def example_length(settings) -> int:
+    """Positions of what is traced for shapes."""
+    return min(8, settings.data.sequence_length)
 
 
 @functools.lru_cache(maxsize=8)

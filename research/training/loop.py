@@ -18,7 +18,7 @@ from research.command import Stopped
 from research.data.pipeline import load_corpus
 from research.data.tokenizer import Tokenizer
 from research.errors import RequestError, RunError
-from research.model.build import make_model
+from research.model.build import check_implementations, make_model
 from research.parallel import hosts
 from research.parallel.mesh import make_mesh
 from research.training import evaluation, samples
@@ -219,6 +219,7 @@ def gathered(state):
 
 def start(model, settings, checkpoints: Checkpoints):
     """The state and the record to go on from: the newest intact checkpoint's, or step 0 and an empty record."""
+    check_implementations(model, settings)  # before anything is written
     step = checkpoints.agreed()
     if step is not None:
         if step > settings.training.steps:

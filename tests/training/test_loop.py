@@ -49,10 +49,10 @@ def compiled_once():
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """A folder with a run in peace, after others that were killed three times came out equal; what the kills met."""
+    """A folder with a run in peace, after another that was killed twice came out equal; what the kills met."""
     folder = tmp_path_factory.mktemp("runs")
     said = []
-    met = resume_kills.kill_and_compare(folder, kills=3, seed=3, fields=FIELDS, say=said.append)
+    met = resume_kills.kill_and_compare(folder, kills=2, seed=3, fields=FIELDS, say=said.append)
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(folder / "cache/xla"))  # what those processes have compiled
     yield folder, met, said
@@ -72,7 +72,7 @@ def steps(workdir) -> list[int]:
 
 def test_kills_change_nothing(killed):
     _, met, said = killed
-    assert met.total() == 3 and "all equal bit for bit" in said[-1]
+    assert met.total() == 2 and "all equal bit for bit" in said[-1]
 
 
 def test_the_comparison_sees_a_difference(peace, killed):

@@ -137,7 +137,8 @@ WRONG = [
       for axis in ("data", "fsdp", "expert", "tensor")),
     field("mesh.pipeline=2", r"training\.accumulation_steps=1 must be at least config\.mesh\.pipeline=2: the pieces"),
     field("mesh.pipeline=3", r"mesh\.pipeline=3 does not divide the 2 layers with experts; the first stage has"),
-    field("training.accumulation_steps=2", r"mesh\.pipeline=2 needs 2 devices: 1 cpu device is", "mesh.pipeline=2"),
+    field("mesh.pipeline=4", r"mesh\.pipeline=4 needs 4 devices: 1 cpu device is", "training.accumulation_steps=4",
+          "model.num_hidden_layers=5"),
     field("mesh.data=3", r"training\.batch_size=8 must be a multiple of 3 = mesh\.data \* mesh\.fsdp \* mesh\.expert"),
     # data
     field("data.source=stdlibs", r"data\.source='stdlibs' must be one of stdlib, .*\(did you mean stdlib\?\)"),

@@ -1,5 +1,6 @@
 """The tables of results/, read: how many of a paper's figures come out as printed."""
 
+import collections
 import json
 import re
 from pathlib import Path
@@ -14,9 +15,17 @@ def read(folder: str) -> dict[str, dict]:
 
 
 def agreement(rows: list[dict]) -> tuple[int, int]:
-    """(equal to the printed digit, compared at all) of one scale's rows."""
-    compared = [row["difference"] for row in rows if row["difference"]]
+    """(equal to the printed digit, compared at all) of one scale's rows, those with a verdict left out."""
+    compared = [row["difference"] for row in rows if row["difference"] and "verdict" not in row]
     return compared.count("equal"), len(compared)
+
+
+def said(rows: list[dict]) -> str:
+    """What comes of one scale's rows, in a line: how many figures are equal, and the verdicts on trained models."""
+    equal, compared = agreement(rows)
+    verdicts = collections.Counter(row["verdict"] for row in rows if "verdict" in row)
+    return ", ".join([f"{equal} of {compared} equal"] * bool(compared)
+                     + [f"{number} {verdict}" for verdict, number in verdicts.items()])
 
 
 def page(folder: str, name: str) -> str:
@@ -27,7 +36,7 @@ def page(folder: str, name: str) -> str:
 def draw_agreement(axes, every: dict[str, dict]) -> None:
     """Figures of each table and scale: those that can be compared, and those of them that are equal."""
     counted = {f"{name} ({scale})": agreement(rows) for name, found in every.items()
-               for scale, rows in found["rows"].items()}
+               for scale, rows in found["rows"].items() if agreement(rows)[1]}
     plots.bars(axes, list(counted), {"can be compared": [compared for _, compared in counted.values()],
                                      "equal to the printed digit": [equal for equal, _ in counted.values()]},
                "figures", 0)

@@ -51,7 +51,8 @@ def of_mesh(pipeline: int, expert: int, data: int) -> list[Row]:
         Row(f"{name}, products", "s", None, products, 2, "at the peaks"),
         Row(f"{name}, idle", "% of the work", None, 100 * bubble, 1, f"DualPipe, {batches} micro-batches"),
         Row(f"{name}, least time of a step", "s", STEP if (pipeline, expert, data) == MESHES[0] else None,
-            max(products, sent / NETWORK) * (1 + bubble), 2, "the longer of the two, and the idle time"),
+            max(products, sent / NETWORK) * (1 + bubble), 2, "the longer of the two, and the idle time",
+            verdict="a bound" if (pipeline, expert, data) == MESHES[0] else ""),
     ]
 
 

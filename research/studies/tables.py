@@ -21,7 +21,7 @@ def agreement(rows: list[dict]) -> tuple[int, int]:
 
 
 def said(rows: list[dict]) -> str:
-    """What comes of one scale's rows, in a line: how many figures are equal, and the verdicts on trained models."""
+    """What comes of one scale's rows, in a line: how many figures are equal, and the verdicts on the others."""
     equal, compared = agreement(rows)
     verdicts = collections.Counter(row["verdict"] for row in rows if "verdict" in row)
     return ", ".join([f"{equal} of {compared} equal"] * bool(compared)

@@ -30,7 +30,7 @@ class Row:
     """One figure: the paper's, as it is printed with `digits` decimals, and ours; None where one of them is missing.
 
     Of trained models ours is a mean with its range over seeds; such a model is not the paper's, so that not the figures
-    are compared but a verdict says whether a difference between two of them has the paper's direction.
+    are compared but a verdict says whether a difference between two of them has the paper's direction. So has a bound.
     """
 
     what: str

@@ -31,7 +31,6 @@ IN_PIECES = {  # of these, and of the one device that they must equal: a dense l
 ROWS = ((7, 5), (4, 3, 3), (12,), (5, 6), (2, 2, 2), (9, 1), (11,), ())
 STEPS = 3
 DISPATCHED = "tensor and expert"  # as training dispatches; the definition, elsewhere, compiles in a third of the time
-QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
 
 
 def run(name: str) -> dict:
@@ -51,7 +50,7 @@ def run(name: str) -> dict:
     model, variables = tiny.model(s, experts=experts)
     model = model.clone(products=replace(model.products, mesh=make_mesh(s)))
     state = init_state(model, s, variables)
-    step = make_train_step(model, s).lower(state, tiny.batch(rows)).compile(QUICK)
+    step = make_train_step(model, s).lower(state, tiny.batch(rows)).compile()
     metrics, gradients = [], None
     for number in range(STEPS):
         state, found = step(state, tiny.batch(rows, seed=number))

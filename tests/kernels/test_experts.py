@@ -54,6 +54,10 @@ def uneven(X, E, K, rng):  # most pairs have slots, one expert's load is nearly 
     return [rng.choice(E, K, replace=False, p=wish_E) for _ in range(X)]
 
 
+def full(X, E, K, rng):  # the buffer of rows: every last tile is nearly empty, but the last expert's
+    return np.minimum(np.arange(X), E - 1)[:, None]
+
+
 CASES = {  # name: tokens, experts, chosen, who chooses what; equal shapes share a compilation
     "random": (48, 8, 2, at_random),
     "ties": (48, 8, 2, same_for_all),
@@ -67,6 +71,7 @@ CASES = {  # name: tokens, experts, chosen, who chooses what; equal shapes share
     "more experts than tokens": (5, 64, 3, at_random),
     "odd numbers": (37, 7, 3, at_random),
     "odd numbers, skewed": (37, 7, 3, skewed),
+    "a full buffer": (76, 8, 1, full),
     "tiles of all sizes": (1021, 8, 2, skewed),
     "tiles of all sizes beside slots": (1021, 8, 2, uneven),
 }

@@ -1,6 +1,7 @@
 """Continues text: `python -m research.generate --checkpoint=DIR --prompt=TEXT [--speculative]`.
 
-DIR is a workdir of ours or a Hugging Face folder. The continuation of one prompt is streamed to stdout; those of
+DIR is a workdir of ours or a Hugging Face folder. With --chat a prompt is what a user says, and goes through the
+template that the checkpoint carries. The continuation of one prompt is streamed to stdout; those of
 several (--prompt given again, or a line each of --prompts_file) come as JSON lines, {"prompt", "text", "tokens"}, batch
 by batch. Statistics go to stderr.
 """
@@ -20,6 +21,9 @@ FLAGS = flags.FlagValues()
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, or a Hugging Face folder.", FLAGS)
 _PROMPTS = flags.DEFINE_multi_string(
     "prompt", [], "The text to continue; - reads all of stdin. Given more than once: a batch.", FLAGS)
+_CHAT = flags.DEFINE_bool(
+    "chat", False, "Prompts are messages of a user: put them through the checkpoint's chat template.", FLAGS)
+_SYSTEM = flags.DEFINE_string("system", None, "With --chat, the system's message before each of them.", FLAGS)
 _FILE = flags.DEFINE_string("prompts_file", None, "A text file with a prompt on each line, instead of --prompt.", FLAGS)
 _BATCH = flags.DEFINE_integer("batch_size", 8, "Prompts that are decoded together.", flag_values=FLAGS)
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "New tokens of each prompt at the most.", flag_values=FLAGS)
@@ -56,7 +60,8 @@ def main() -> None:
         drafts = decoder.model.mtp.num_nextn_predict_layers if _DRAFTS.value is None else _DRAFTS.value
         if not decoder.model.mtp.num_nextn_predict_layers:
             raise RequestError(f"--speculative: {_CHECKPOINT.value} has no multi-token module to draft with")
-    ids = [first + tokenizer.encode(prompt).tolist() for prompt in prompts]
+    ids = [chat_ids(tokenizer, prompt) if _CHAT.value else first + tokenizer.encode(prompt).tolist()
+           for prompt in prompts]
     from research.decoding.generate import check_request, joined
     from research.environment import pin_threads
 
@@ -70,7 +75,7 @@ def main() -> None:
         batch = ids[start:start + _BATCH.value]
         writers = [Writer(tokenizer, sys.stdout.write if len(ids) == 1 else None) for _ in batch]
         results.append(decoder.generate(
-            batch, _MAX_TOKENS.value, sampling(), drafts, _SEED.value, [tokenizer.eos_id], STEPS_AT_ONCE,
+            batch, _MAX_TOKENS.value, sampling(), drafts, _SEED.value, tokenizer.end_ids, STEPS_AT_ONCE,
             lambda rows, writers=writers: [writer(row) for writer, row in zip(writers, rows, strict=True)]))
         for prompt, writer, row in zip(prompts[start:], writers, results[-1].tokens, strict=False):
             text = writer.finish()
@@ -80,6 +85,17 @@ def main() -> None:
     if len(ids) == 1:
         print()
     print(report(joined(results)), file=sys.stderr)
+
+
+def chat_ids(tokenizer, prompt: str) -> list[int]:
+    """Ids of a user's message, after --system's, up to where the model's answer begins."""
+    from research.data.chat import prompt_ids
+
+    system = [] if _SYSTEM.value is None else [{"role": "system", "content": _SYSTEM.value}]
+    try:
+        return prompt_ids(tokenizer, [*system, {"role": "user", "content": prompt}])
+    except RequestError as error:
+        raise RequestError(f"--chat: {error}") from None
 
 
 class Writer:
@@ -122,6 +138,8 @@ def check_flags() -> None:
             raise RequestError(f"--{flag.name}={flag.value} must be at least 1")
     if _DRAFTS.value is not None and not _SPECULATIVE.value:
         raise RequestError(f"--draft_tokens={_DRAFTS.value} needs --speculative")
+    if _SYSTEM.value is not None and not _CHAT.value:
+        raise RequestError("--system needs --chat")
     if "" in _STOP.value:
         raise RequestError("--stop='' would end every continuation before it begins")
     if problem := sampling().problem():

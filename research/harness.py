@@ -24,6 +24,9 @@ _LIMIT = flags.DEFINE_float("limit", None, "Only so many questions of a task; be
 _BATCH = flags.DEFINE_integer("batch_size", 8, "Rows that the model reads together.", flag_values=FLAGS)
 _LENGTH = flags.DEFINE_integer("max_length", None, "Tokens that the model reads at once; by default all its positions.",
                                flag_values=FLAGS)
+_CHAT = flags.DEFINE_bool(
+    "chat", False, "Put questions through the checkpoint's chat template, examples as turns before them.", FLAGS)
+_SYSTEM = flags.DEFINE_string("system", None, "With --chat, the system's message before each question.", FLAGS)
 _RECIPE = flags.DEFINE_string("recipe", None, "float32 or bfloat16; by default as research.generate.", FLAGS)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws of tasks that sample.", flag_values=FLAGS)
 _OUTPUT = flags.DEFINE_string("output", None, "A JSON file for the results, and with --samples every answer.", FLAGS)
@@ -47,11 +50,14 @@ def main() -> None:
     tasks = find_tasks(manager)
     loaded = load_tasks(manager, tasks)
     manager.load = lambda _: loaded  # the harness would read all of their data again
-    model = ParsimonyLM(_CHECKPOINT.value, _BATCH.value, _LENGTH.value, _RECIPE.value, _SEED.value)
+    model = ParsimonyLM(_CHECKPOINT.value, _BATCH.value, _LENGTH.value, _RECIPE.value, _SEED.value,
+                         _CHAT.value)
     pin_threads()
     limit = _LIMIT.value if _LIMIT.value is None or _LIMIT.value < 1 else int(_LIMIT.value)
     results = lm_eval.simple_evaluate(model, tasks=tasks, num_fewshot=_FEWSHOT.value, limit=limit,
-                                      batch_size=_BATCH.value, task_manager=manager, log_samples=_SAMPLES.value)
+                                      batch_size=_BATCH.value, task_manager=manager, log_samples=_SAMPLES.value,
+                                      apply_chat_template=_CHAT.value, system_instruction=_SYSTEM.value,
+                                      fewshot_as_multiturn=_CHAT.value)
     results["config"]["model_args"] = {"checkpoint": _CHECKPOINT.value, "max_length": model.evaluator.max_length,
                                        "recipe": model.evaluator.decoder.model.products.recipe.name}
     print(make_table(results))
@@ -77,6 +83,8 @@ def check_flags() -> None:
         raise RequestError(f"--limit={_LIMIT.value} must be above 0")
     if _RECIPE.value not in (None, "float32", "bfloat16"):
         raise RequestError(f"--recipe={_RECIPE.value!r} must be one of float32, bfloat16")
+    if _SYSTEM.value is not None and not _CHAT.value:
+        raise RequestError("--system needs --chat")
     if _SAMPLES.value and not _OUTPUT.value:
         raise RequestError("--samples needs --output, the file to write them to")
     if _OUTPUT.value and not Path(_OUTPUT.value).expanduser().absolute().parent.is_dir():

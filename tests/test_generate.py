@@ -91,6 +91,37 @@ def test_a_file_of_prompts_gives_json_lines_in_its_order(folder, capsys, tmp_pat
     assert lines[1]["text"] + "\n" == alone
 
 
+def test_a_message_goes_through_the_template(folder, capsys):
+    """What spells a special token there is one; an answer ends at any of the ends."""
+    decoder, tokenizer, _ = LOADED(folder, None, None, None)
+    template = "{{ bos_token }}{% for m in messages %}{{ m.role[0] + ':' + m.content + ';' }}{% endfor %}a:"
+    ids = [tokenizer.bos_id, *b"s:Be kind.;u:x;a:"]
+    expected = decoder.generate([ids], 12).tokens[0]
+    ends = [expected[7]]
+    (folder / "chat_template.jinja").write_text(template)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    chat = decoder, Tokenizer.load(folder), [1, 2, 3]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "load", lambda *_: chat)
+        out, report = call(capsys, f"--checkpoint={folder}", "--chat", "--system=Be kind.", "--prompt=x",
+                           "--max_tokens=12", "--temperature=0")
+    length = expected.index(ends[0]) + 1
+    assert out == tokenizer.decode(expected[:length]) + "\n"
+    assert f"{length} tokens; " in report
+    for name in ("chat_template.jinja", "generation_config.json"):
+        (folder / name).unlink()
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_weights_in_few_bits_by_the_flag(bare, weights, capsys):
+    tokenizer = Tokenizer.load(bare)
+    _, model, variables = checked_weights(bare)
+    expected = Decoder(model, variables, weights=weights).generate([[tokenizer.bos_id, *b"def f"]], 12)
+    out, _ = call(capsys, f"--checkpoint={bare}", "--prompt=def f", "--max_tokens=12", "--temperature=0",
+                  f"--weights={weights}")
+    assert out == tokenizer.decode(expected.tokens[0]) + "\n"
+
+
 def test_text_is_written_as_far_as_it_is_certain():
     class Letters:
         def decode(self, tokens):
@@ -127,6 +158,10 @@ def test_text_is_written_as_far_as_it_is_certain():
     (["--checkpoint={bare}", "--prompt=x", "--speculative"], "has no multi-token module to draft with"),
     (["--checkpoint={folder}", "--prompt=x", "--recipe=float23"], r"--recipe='float23' .*did you mean float32"),
     (["--checkpoint={folder}", "--prompt=x", "--cache_dtype=fp9"], r"--cache_dtype='fp9' .*did you mean fp8"),
+    (["--checkpoint={folder}", "--prompt=x", "--weights=int"], "--weights='int' must be one of .*did you mean int"),
+    (["--checkpoint={folder}", "--prompt=x", "--weights=int8"], "--weights='int8' needs a model without routed exp"),
+    (["--checkpoint={folder}", "--prompt=x", "--chat"], "--chat: the checkpoint has no chat template: "),
+    (["--checkpoint={folder}", "--prompt=x", "--system=y"], "--system needs --chat"),
     (["--checkpoint={folder}", "--prompt=x", "--seed=one"], "seed"),
     (["--checkpoint={folder}", "--promt=x"], r"--promt is not a flag \(did you mean --prompt\?\)"),
 ])

@@ -53,11 +53,16 @@ class Tokenizer:
     `vocab_size` is the largest id plus one. `bos_id` and `eos_id` begin and end a document (the same id where the
     vocabulary has no token for the beginning); `pad_id` fills rows; `fim_begin_id`, `fim_hole_id` and `fim_end_id`
     are all three ids, or all None. `begins_with_bos`: whether a text that a model is to continue begins with
-    `bos_id` (false where a release says so). `hash` tells tokenizers apart.
+    `bos_id` (false where a release says so). `end_ids`: where a continuation ends, `eos_id` first. `chat_template`:
+    Jinja, None where there is none. `hash` tells tokenizers apart by what they make of a text.
     """
 
-    def __init__(self, definition: str, config: dict[str, Any] | None = None):
-        """From the text of a tokenizer.json and the contents of a tokenizer_config.json. Raises RequestError."""
+    def __init__(self, definition: str, config: dict[str, Any] | None = None, ends: Sequence[int] = (),
+                 chat_template: str | None = None):
+        """From the text of a tokenizer.json, the contents of a tokenizer_config.json, and what else ends an answer.
+
+        Raises RequestError.
+        """
         self._definition = definition
         try:
             parsed = json.loads(definition)
@@ -79,11 +84,13 @@ class Tokenizer:
         self._model.no_padding()
         self._model.encode_special_tokens = True  # a special token's spelling in a text is ordinary text
         self.begins_with_bos = (config or {}).get("add_bos_token") is not False
-        self._config = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+        self.special_tokens = {"bos_token": bos, "eos_token": eos, "pad_token": pad}  # by their names in a template
+        self.chat_template = chat_template
         self.vocab_size = max(vocabulary.values()) + 1
         self.bos_id, self.eos_id, self.pad_id = (vocabulary[name] for name in (bos, eos, pad))
         self.fim_begin_id, self.fim_hole_id, self.fim_end_id = (vocabulary[name] for name in fim) if fim else [None] * 3
-        identity = json.dumps([definition, self._config])
+        self.end_ids = [self.eos_id, *(end for end in ends if end != self.eos_id)]
+        identity = json.dumps([definition, self.special_tokens])
         self.hash = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 
     @property
@@ -99,32 +106,43 @@ class Tokenizer:
         """
         path = Path(path).expanduser()
         path = path / "tokenizer.json" if path.is_dir() else path
-        beside = path.with_name("tokenizer_config.json")
         try:
             definition = path.read_bytes().decode()
-            config = json.loads(beside.read_bytes()) if beside.exists() else {}
         except OSError as error:
             raise RequestError(f"{path} cannot be read: {error.strerror or error}") from None
-        except (ValueError, RecursionError):
-            raise RequestError(f"{path} or {beside.name} beside it is not JSON") from None
+        except ValueError:
+            raise RequestError(f"{path} is not JSON") from None
+        config = _beside(path, "tokenizer_config.json")
         try:
-            return cls(definition, config if isinstance(config, dict) else {})
+            return cls(definition, config, _ends(path), _chat_template(path, config))
         except RequestError as error:
             raise RequestError(f"{path}: {error}") from None
 
     def save(self, path: str | Path) -> None:
-        """Writes `path` (a tokenizer.json, as it was read) and the tokenizer_config.json that names its specials."""
+        """Writes `path` (a tokenizer.json, as it was read), and what `load` reads beside it."""
         path = Path(path)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast"} | self._config
-        for file, content in (
-            (path.with_name("tokenizer_config.json"), json.dumps(config, indent=2, ensure_ascii=False)),
-            (path, self._definition),
-        ):
-            write_whole(file, content)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast"} | self.special_tokens
+        if not self.begins_with_bos:
+            config["add_bos_token"] = False
+        if self.chat_template:
+            config["chat_template"] = self.chat_template
+        files = {"tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False)}
+        if len(self.end_ids) > 1:
+            files["generation_config.json"] = json.dumps({"eos_token_id": self.end_ids})
+        for name, content in files.items():
+            write_whole(path.with_name(name), content)
+        write_whole(path, self._definition)
 
-    def encode(self, text: str) -> np.ndarray:
-        """Ids (int32) of a text, without document tokens; what spells a special token is encoded as ordinary text."""
-        return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
+        """Ids (int32) of a text, without document tokens.
+
+        special: what spells a special token is that token; else it is ordinary text.
+        """
+        self._model.encode_special_tokens = not special
+        try:
+            return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
+        finally:
+            self._model.encode_special_tokens = True
 
     def encode_batch(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
         """`encode` of each text, in parallel, a bounded stretch of them at a time."""
@@ -139,6 +157,47 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids; special tokens, and ids beyond the vocabulary, give none."""
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def _beside(path: Path, name: str) -> dict[str, Any]:
+    """A JSON object beside a tokenizer.json; {} where there is none. RequestError for a file that is not JSON."""
+    file = path.with_name(name)
+    try:
+        found = json.loads(file.read_bytes()) if file.exists() else {}
+    except OSError as error:
+        raise RequestError(f"{file} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError):
+        raise RequestError(f"{path}: {name} beside it is not JSON") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _ends(path: Path) -> list[int]:
+    """`eos_token_id`, a number or a list, of the generation_config.json, else of the config.json of a release."""
+    for name in ("generation_config.json", "config.json"):
+        found = _beside(path, name).get("eos_token_id")
+        if found is None:
+            continue
+        ends = found if isinstance(found, list) else [found]
+        if not all(isinstance(end, int) and not isinstance(end, bool) and end >= 0 for end in ends):
+            raise RequestError(f"{path.with_name(name)}: eos_token_id={found!r} must be a token id or a list of them")
+        return ends
+    return []
+
+
+def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
+    """chat_template.jinja, else what tokenizer_config.json or chat_template.json has: a text, or one by the name
+    `default`."""
+    file = path.with_name("chat_template.jinja")
+    if file.is_file():
+        try:
+            return file.read_bytes().decode()
+        except ValueError:
+            raise RequestError(f"{file} is not UTF-8 text") from None
+    found = config.get("chat_template") or _beside(path, "chat_template.json").get("chat_template")
+    if isinstance(found, list):  # of {name, template}
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
 
 
 def build(data: Any, train: Sequence[Document]) -> Tokenizer:

@@ -101,7 +101,7 @@ class Rollouts:
         self.decoder.take(policy)
         rows = self.decoder.generate(
             [self.prompts[problem.digest] for problem in chosen], self.config.max_tokens,
-            Sampling(self.config.temperature), seed=_seed(seed, number), ends=[self.tokenizer.eos_id]).tokens
+            Sampling(self.config.temperature), seed=_seed(seed, number), ends=self.tokenizer.end_ids).tokens
         right_B, formed_B = (np.array(found) for found in zip(*map(self._judged, chosen, rows), strict=True))
         reward_QG = grpo.rewards(right_B, formed_B).reshape(questions, size)
         batch = self._rows(chosen, rows) | {
@@ -152,7 +152,7 @@ class Rollouts:
     def _judged(self, problem: Problem, row: Sequence[int]) -> tuple[bool, bool]:
         """Whether the answer is right, and whether the form is: the text has ended, too."""
         text = self.tokenizer.decode(row)
-        return self.checker.right(problem, final_answer(text)), well_formed(text) and row[-1] == self.tokenizer.eos_id
+        return self.checker.right(problem, final_answer(text)), well_formed(text) and row[-1] in self.tokenizer.end_ids
 
     def _rows(self, problems: Sequence[Problem], rows: Sequence[Sequence[int]]) -> Batch:
         """A row for each sample: its prompt and its response, the mask on the response's tokens as targets."""
@@ -181,7 +181,7 @@ class Rollouts:
             problems = self.held_out[start:start + size]
             padded = problems + problems[-1:] * (size - len(problems))  # another number of rows is compiled anew
             rows = self.decoder.generate([self.prompts[problem.digest] for problem in padded], self.config.max_tokens,
-                                         ends=[self.tokenizer.eos_id]).tokens[:len(problems)]
+                                         ends=self.tokenizer.end_ids).tokens[:len(problems)]
             right += [self._judged(problem, row)[0] for problem, row in zip(problems, rows, strict=True)]
             tokens += map(len, rows)
         accuracy = float(np.mean(right))

@@ -72,12 +72,12 @@ def sample(path: Path, problems: Sequence[Problem], decoder: Decoder, tokenizer,
             padded = batch + batch[-1:] * (plan.batch_size - len(batch))  # another number of rows is compiled anew
             began = time.perf_counter()
             found = decoder.generate([prompts[problem.digest] for problem, _ in padded], plan.max_tokens, plan.sampling,
-                                     seed=_seed(plan.seed, start), ends=[tokenizer.eos_id])
+                                     seed=_seed(plan.seed, start), ends=tokenizer.end_ids)
             seconds += time.perf_counter() - began - found.compile_seconds
             for place, ((problem, number), row) in enumerate(zip(batch, found.tokens, strict=False), start=start):
                 if place < done:
                     continue
-                ended = row[-1] == tokenizer.eos_id
+                ended = row[-1] in tokenizer.end_ids
                 line = Sample(problem.digest.hex(), number, tokenizer.decode(row), len(row), ended)
                 file.write(json.dumps(dataclasses.asdict(line), ensure_ascii=False) + "\n")
                 written, tokens = written + 1, tokens + len(row)

@@ -30,9 +30,10 @@ class Evaluator:
     """A checkpoint's answers. Rows of like lengths go together, in shapes rounded up to powers of two."""
 
     def __init__(self, decoder: Decoder, tokenizer, first: Sequence[int], batch_size: int,
-                 max_length: int | None = None, seed: int = 0):
+                 max_length: int | None = None, seed: int = 0, special: bool = False):
         """first: the ids that every text begins with. max_length: tokens that the model reads at once, None: all of
-        its positions. seed: of what is sampled. Raises RequestError."""
+        its positions. seed: of what is sampled. special: what spells a special token is that token, as in the text of
+        a chat template. Raises RequestError."""
         positions = decoder.model.config.max_position_embeddings
         if batch_size < 1:
             raise RequestError(f"--batch_size={batch_size} must be at least 1")
@@ -40,6 +41,7 @@ class Evaluator:
             raise RequestError(f"--max_length={max_length} must be from 1 to max_position_embeddings={positions}")
         self.decoder, self.tokenizer, self.first = decoder, tokenizer, list(first)
         self.batch_size, self.max_length, self.seed = batch_size, max_length or positions, seed
+        self.special = special
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]],
                       done: Callable[[int, tuple[float, bool]], object] | None = None) -> list[tuple[float, bool]]:
@@ -99,7 +101,7 @@ class Evaluator:
                         return known + [True] * (len(tokens) - len(ends))
 
                     self.decoder.generate(prompts, max_tokens, sampling, seed=self.seed + start, watch=watch,
-                                          ends=[self.tokenizer.eos_id], steps_at_once=STEPS_AT_ONCE)
+                                          ends=self.tokenizer.end_ids, steps_at_once=STEPS_AT_ONCE)
                     for (_, number, _), end in zip(rows, ends, strict=True):
                         texts[number] = end.text
                         if done:
@@ -108,12 +110,12 @@ class Evaluator:
         return texts
 
     def _encode(self, text: str) -> list[int]:
-        return self.first + self.tokenizer.encode(text).tolist()
+        return self.first + self.tokenizer.encode(text, self.special).tolist()
 
     def _split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids before and of a continuation, to which spaces at the context's end belong: tokens take them along."""
         if not context:
-            return [self.tokenizer.bos_id], self.tokenizer.encode(continuation).tolist()
+            return [self.tokenizer.bos_id], self.tokenizer.encode(continuation, self.special).tolist()
         before = self._encode(context.rstrip())
         return before or [self.tokenizer.bos_id], self._encode(context + continuation)[len(before):]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
+from research.data.chat import rendered, template_of
 from research.errors import RequestError
 from research.generate import load
 from research.interop.evaluator import Evaluator
@@ -19,13 +20,28 @@ class ParsimonyLM(LM):
     """A workdir or a Hugging Face folder with its tokenizer.json; research/interop/evaluator.py does the work."""
 
     def __init__(self, checkpoint: str, batch_size: int = 8, max_length: int | None = None, recipe: str | None = None,
-                 seed: int = 0):
-        """recipe: float32 or bfloat16, None as research.generate does; the others are `Evaluator`'s. RequestError."""
+                 seed: int = 0, chat: bool = False):
+        """recipe: float32 or bfloat16, None as research.generate does; chat: texts are those of the checkpoint's chat
+        template; the others are `Evaluator`'s. RequestError."""
         super().__init__()
         if not str(batch_size).isdigit():
             raise RequestError(f"--batch_size={batch_size!r} must be a whole number")
-        self.evaluator = Evaluator(*load(Path(checkpoint).expanduser(), recipe, None), int(batch_size), max_length,
-                                   seed)
+        decoder, tokenizer, first = load(Path(checkpoint).expanduser(), recipe, None)
+        if chat:
+            template_of(tokenizer)
+        self.evaluator = Evaluator(decoder, tokenizer, [] if chat else first, int(batch_size), max_length, seed,
+                                   special=chat)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness knows the template's texts by, in its cache."""
+        return self.evaluator.tokenizer.hash
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        return self.evaluator.tokenizer.chat_template or ""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return rendered(self.evaluator.tokenizer, chat_history, add_generation_prompt)
 
     def loglikelihood(self, requests) -> list[tuple[float, bool]]:
         return self._answer("loglikelihood", self.evaluator.loglikelihood, requests, lambda pair: pair)

@@ -16,7 +16,7 @@ def write(model, state, corpus, settings, path: Path) -> None:
         return
     sampling = Sampling(e.sample_temperature)
     new = Decoder(model, weights_of(state)).generate(
-        starts, width, sampling, seed=settings.training.seed, ends=[tokenizer.eos_id]).tokens
+        starts, width, sampling, seed=settings.training.seed, ends=tokenizer.end_ids).tokens
     text = [f"# Samples after step {int(state['step'])}, temperature {e.sample_temperature}\n"]
     for name, prompt, continuation in zip(names, starts, new, strict=True):
         text += [f"## {name}\n", "Given:\n", fenced(tokenizer.decode(prompt[1:])), "Written by the model:\n",

@@ -94,6 +94,32 @@ def test_three_kinds_of_tasks_through_the_command(folders, capsys, tmp_path):
         assert row["resps"][0] == evaluator.generate_until(row["arguments"])
 
 
+def test_questions_go_through_the_chat_template(folders, capsys, tmp_path):
+    """Examples are earlier turns, markers are tokens, and no token comes before the template's own."""
+    checkpoint, tasks = folders
+    words = (f"--checkpoint={checkpoint}", "--tasks=tiny_questions", f"--include_path={tasks}", "--limit=2",
+             "--samples", f"--output={tmp_path}/results.json", "--num_fewshot=1", "--chat", "--system=Be kind.")
+    assert "the checkpoint has no chat template" in call(capsys, *words, code=2)[1]
+    template = checkpoint / "chat_template.jinja"
+    template.write_text("{{ bos_token }}{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{{ eos_token }}"
+                        "{% endfor %}{% if add_generation_prompt %}<a>{% endif %}")
+    try:
+        call(capsys, *words)
+        model = ParsimonyLM(str(checkpoint), 4, chat=True)
+    finally:
+        template.unlink()
+    rows = json.loads((tmp_path / "results.json").read_text())["samples"]["tiny_questions"]
+    tokenizer = model.evaluator.tokenizer
+    bos, eos = tokenizer.special_tokens["bos_token"], tokenizer.special_tokens["eos_token"]
+    for row in rows:
+        context = row["arguments"][0][0]
+        assert context.startswith(f"{bos}<s>Be kind.{eos}<u>Question: What is") and context.endswith(f"{eos}<a>")
+        assert [context.count(mark) for mark in ("<u>", "<a>", eos)] == [2, 2, 4]
+        ids = model.evaluator._encode(context)
+        assert ids[0] == tokenizer.bos_id and ids[1] != tokenizer.bos_id and ids.count(tokenizer.eos_id) == 4
+        assert row["resps"][0] == model.evaluator.generate_until(row["arguments"])
+
+
 def test_the_harness_finds_the_model_by_its_name_and_keeps_its_answers(folders, tmp_path):
     checkpoint, tasks = folders
     assert get_model("parsimony") is ParsimonyLM

@@ -32,7 +32,7 @@ class Request(NamedTuple):
 
 
 def load(workdir: Path):
-    """(model, its variables, corpus, settings) of a workdir; the average of the weights where there is one."""
+    """(model, its variables, corpus, settings) of a workdir."""
     if not (workdir / "checkpoints").is_dir():
         raise RequestError(f"--checkpoint={str(workdir)!r} holds no checkpoints: name the workdir of a run")
     settings, saved = read_weights(workdir)
@@ -41,8 +41,6 @@ def load(workdir: Path):
     corpus = load_corpus(settings, Tokenizer.load(workdir))
     settings = settings.with_vocabulary(corpus.tokenizer.vocab_size)
     model = make_model(settings)
-    if saved.get("ema") is not None:
-        saved["params"] = saved["ema"]
     variables, wrong = variables_of(saved, model, settings)
     if wrong:
         raise RequestError(f"--checkpoint={str(workdir)!r} is of another model: {wrong}")

@@ -22,7 +22,7 @@ from research.interop.tensors import DTYPES, FP8, Tensor
 from research.interop.transfer import Account, Piece, Work, target, transfer
 from research.interop.variables import Array, arrays_of, refuse
 from research.interop.weights import weights_alone
-from research.training.checkpoint import Checkpoints, damage, saved_tree, sealed
+from research.training.checkpoint import Checkpoints, damage, params_of, saved_tree, sealed
 from research.tree import paths
 
 
@@ -37,7 +37,8 @@ def export_workdir(source: Path, destination: Path, quantize: str | None, dtype:
         raise RequestError(f"{source / 'config.json'}: config.model.vocab_size=None must be a whole number")
     arrays = arrays_of(settings)
     folder, digests = _checkpoint(source, settings)
-    stored = _stored(source, saved_tree(folder), arrays)
+    saved = saved_tree(folder)
+    stored = _stored(source, saved, arrays)
     dtypes = {path: target(stored[path], path, quantize, dtype) for path in arrays}
     tokenizer = Tokenizer.load(source) if (source / "tokenizer.json").is_file() else None
     common = Counter(dtypes[path] for path in arrays if dtypes[path] != FP8).most_common(1)[0][0]
@@ -49,7 +50,8 @@ def export_workdir(source: Path, destination: Path, quantize: str | None, dtype:
     damaged: list[str] = []
     with built(destination, request) as written, Shards(written, lay_out(entries)) as shards:
         works = [work for path, array in arrays.items()
-                 for work in _works(folder, array, stored[path], dtypes[path], repeated, shards, digests, damaged)]
+                 for work in _works(folder, params_of(saved), array, stored[path], dtypes[path], repeated, shards,
+                                    digests, damaged)]
         account = transfer(works, sum(work.nbytes for work in works))
         account.tensors = len(entries)
         if damaged:
@@ -80,7 +82,7 @@ def _checkpoint(source: Path, settings) -> tuple[Path, dict[str, str]]:
 
 def _stored(source: Path, saved: dict, arrays: dict[str, Array]) -> dict[str, str]:
     """{path: dtype} of the checkpoint's weights, checked to be the model's arrays, and the scales of those in FP8."""
-    weights = {name: saved[name] for name in ("params", "routing")}
+    weights = {"params": saved[params_of(saved)], "routing": saved["routing"]}
     scales = paths(saved.get("scales", {}))
     expected = {path: array.shape for path, array in arrays.items()}
     found = {path: tuple(leaf.shape) for path, leaf in paths(weights).items()}
@@ -99,8 +101,8 @@ def _stored(source: Path, saved: dict, arrays: dict[str, Array]) -> dict[str, st
     return {path: next(word for word, known in DTYPES.items() if known == dtype) for path, dtype in dtypes.items()}
 
 
-def _works(folder: Path, array: Array, source: str, to: str, repeated: dict[str, list[str]], shards: Shards,
-           digests: dict[str, str], damaged: list[str]) -> Iterator[Work]:
+def _works(folder: Path, params: str, array: Array, source: str, to: str, repeated: dict[str, list[str]],
+           shards: Shards, digests: dict[str, str], damaged: list[str]) -> Iterator[Work]:
     """One for each tensor where a conversion has stored the array, one for all of it where a run has."""
     state, ways = folder / "state", storage.stored(array, source)
 
@@ -121,7 +123,8 @@ def _works(folder: Path, array: Array, source: str, to: str, repeated: dict[str,
         return
 
     def pieces() -> Iterator[Piece]:
-        values = storage.open_array(state, array.path).read().result()
+        group, _, path = array.path.partition("/")
+        values = storage.open_array(state, f"{params if group == 'params' else group}/{path}").read().result()
         for place in array.places:
             tensor = values[place.index].T if place.transposed else values[place.index]
             yield piece(place, lambda first, end, tensor=tensor: tensor[first:end], None)

@@ -186,13 +186,16 @@ class Checkpoints:
         return _read(path, abstract_state), record
 
     def restore_weights(self, step: int) -> dict[str, Any]:
-        """`params`, `routing` and, where they were saved, `ema` and `scales` of `step`, as they are stored.
+        """`params`, `routing` and, where they were saved, `scales` of `step`, as they are stored.
 
-        Without knowledge of model or optimiser. `scales`: of weights in FP8 blocks, see research/interop/storage.py.
+        `params` are the average of the weights where the run kept one, as in its evaluations. Without knowledge of
+        model or optimiser. `scales`: of weights in FP8 blocks, see research/interop/storage.py.
         """
         path = self._intact(step)
-        saved, names = saved_tree(path), ("params", "routing", "ema", "scales")
-        return _read(path, {name: saved[name] for name in names if saved.get(name) is not None})
+        saved = saved_tree(path)
+        wanted = params_of(saved), "routing", "scales"
+        read = _read(path, {name: saved[name] for name in wanted if saved.get(name) is not None})
+        return {"params": read.pop(wanted[0]), **read}
 
     def list(self) -> Sequence[int]:
         """The steps on disk, ascending, damaged ones included."""
@@ -311,6 +314,11 @@ def _sync(path: str | Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def params_of(saved: dict[str, Any]) -> str:
+    """Which part of a saved state its weights are: `ema`, the average, where the run kept one, else `params`."""
+    return "params" if saved.get("ema") is None else "ema"
 
 
 def saved_tree(path: Path) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def test_a_device_holds_what_the_compiled_program_takes():
         "mtp.num_nextn_predict_layers=0", "model.num_hidden_layers=1", "model.first_k_dense_replace=0"))
     model = memory.make_model(s)
     step = make_train_step(model, s).lower(abstract_state(model, s), batch_of(s))
-    found = step.compile(compiler_options={"xla_backend_optimization_level": 0}).memory_analysis()  # in half the time
+    found = step.compile().memory_analysis()
     taken = (found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
              + found.temp_size_in_bytes)
     assert memory.of_device(s, gpu=False)["total"] == pytest.approx(taken, rel=0.1)

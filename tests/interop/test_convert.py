@@ -134,10 +134,16 @@ def test_every_tensor_lies_where_it_can_be_read_in_place(tmp_path):
     assert begins["a"] % 4 == 0 and begins["b"] % 2 == 0 and begins.keys() == {"a", "b", "c"}
 
 
-def test_a_run_of_ours_becomes_a_release(tmp_path):
-    """Orbax stores its arrays whole; files beside them come along."""
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_run_of_ours_becomes_a_release(averaged, tmp_path):
+    """Orbax stores its arrays whole; files beside them come along. Of a run that averages its weights, the average: the
+    weights that it evaluates."""
     settings, variables, _ = random_model()
-    run = workdir(tmp_path / "run", recipe="fp8_delayed")  # its histories are no weights
+    average = jax.tree.map(lambda x: x / 2, variables["params"]) if averaged else None
+    run = workdir(tmp_path / "run", recipe="fp8_delayed", average=average)  # its histories are no weights
+    if averaged:
+        variables = {"params": average, "routing": variables["routing"]}
+        jax.tree.map(np.testing.assert_array_equal, read_weights(run)[1], variables)
     (run / "generation_config.json").write_text("{}")
     export_workdir(run, tmp_path / "again", None, None)
     expected = in_their_names(variables, settings)

@@ -46,8 +46,8 @@ def deep_folder(folder):
     return write(folder / "deep", in_their_names(variables, settings), raw)
 
 
-def workdir(folder, recipe="float32", change=None):
-    """The random model as a run leaves it."""
+def workdir(folder, recipe="float32", change=None, average=None):
+    """The random model as a run leaves it; average: `params` of its own average, where it keeps one."""
     settings, variables, _ = random_model()
     settings = replace(settings, precision=FrozenConfigDict({**settings.precision, "recipe": recipe}))
     config = json.loads(settings.to_json())
@@ -57,7 +57,7 @@ def workdir(folder, recipe="float32", change=None):
     (folder / "config.json").write_text(json.dumps(config))
     checkpoints = Checkpoints(folder / "checkpoints", keep_last=1, keep_best=0)
     arrays = jax.device_put(variables)
-    checkpoints.save(3, {**arrays, "optimizer": {}, "ema": None, "step": np.int32(3)}, {})
+    checkpoints.save(3, {**arrays, "optimizer": {}, "ema": average, "step": np.int32(3)}, {})
     checkpoints.close()
     return folder
 

@@ -23,11 +23,12 @@ def prompt_ids(tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
 
 
 def rendered(tokenizer, messages: Sequence[dict[str, str]], open_answer: bool = True) -> str:
-    """The text of them, `open_answer`: with what opens the model's answer."""
+    """The text of the messages; open_answer: and of what opens the model's answer."""
     template = template_of(tokenizer)
     try:
         return _environment().from_string(template).render(
-            messages=list(messages), add_generation_prompt=open_answer, **tokenizer.special_tokens)
+            messages=list(messages), tools=None, documents=None, add_generation_prompt=open_answer,
+            **tokenizer.special_tokens)
     except Exception as error:  # a template is a program
         kind = "refuses the messages" if isinstance(error, Refused) else "fails"
         said = " ".join(str(error).split()) or type(error).__name__

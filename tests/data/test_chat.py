@@ -93,7 +93,8 @@ def test_what_does_not_work_is_one_line(tokenizer, text, said):
 
 def test_the_tools_of_templates(tokenizer):
     text = ("{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.content }}{% endfor %}"
-            "{{ {'a': '<é'} | tojson }}{{ {'a': 1} | tojson(indent=1) }}{{ strftime_now('%Y')[:2] }}{{ nothing }}")
+            "{{ {'a': '<é'} | tojson }}{{ {'a': 1} | tojson(indent=1) }}{{ strftime_now('%Y')[:2] }}{{ nothing }}"
+            "{% if tools is not none or documents is not none %}{{ tools }}{% endif %}")
     assert rendered(with_template(tokenizer, text), user("1") + user("2")) == '2{"a": "<é"}{\n "a": 1\n}20'
 
 

@@ -94,7 +94,7 @@ def measure_acceptance(request: Request) -> dict:
     """Prints a line for each temperature and number of drafts, and the two agreements."""
     model, variables, corpus, settings = load(request.workdir)
     texts = held_out(corpus, request)
-    prompts, ends = [text[:request.prompt] for text in texts], [corpus.tokenizer.eos_id]
+    prompts, ends = [text[:request.prompt] for text in texts], corpus.tokenizer.end_ids
     decoder = Decoder(model, variables)
     M = settings.mtp.num_nextn_predict_layers
     print(f"{request.workdir.name}: {M} multi-token module(s), {settings.precision.recipe}; {len(prompts)} held-out "

@@ -198,7 +198,7 @@ def _backward(capacity, tiles, formats, padded, residuals, dy_XD):
             return x_R[:E * capacity].reshape(E, capacity, *x_R.shape[1:])
 
         token_EC = slots(token_R)
-        x_ECD, dy_ECD = x_XD[token_EC], dy_XD[token_EC]
+        x_ECD, dy_ECD = _take(x_XD, token_EC), _take(dy_XD, token_EC)
         da_ECF = input_gradient("ECD,EFD->ECF", dy_ECD, down_EFD)  # of an output not yet weighted
         a_ECF, dweight_EC, dg_ECF, du_ECF = _swiglu_backward(slots(g_RF), slots(u_RF), da_ECF,
                                                              slots(weight_R)[..., None])

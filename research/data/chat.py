@@ -1,5 +1,6 @@
 """What a chat model is given: messages, by the Jinja template that its release carries."""
 
+import functools
 import json
 from collections.abc import Sequence
 from datetime import datetime
@@ -26,7 +27,7 @@ def rendered(tokenizer, messages: Sequence[dict[str, str]], open_answer: bool = 
     """The text of the messages; open_answer: and of what opens the model's answer."""
     template = template_of(tokenizer)
     try:
-        return _environment().from_string(template).render(
+        return _compiled(template).render(
             messages=list(messages), tools=None, documents=None, add_generation_prompt=open_answer,
             **tokenizer.special_tokens)
     except Exception as error:  # a template is a program
@@ -47,12 +48,13 @@ class Refused(jinja2.TemplateError):
     """What a template says with `raise_exception`."""
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+@functools.cache
+def _compiled(template: str) -> jinja2.Template:
     """With the names and the treatment of white space that templates are written for (those of transformers)."""
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     made.filters["tojson"] = _tojson
     made.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-    return made
+    return made.from_string(template)
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, **layout) -> str:

@@ -191,6 +191,8 @@ def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
     if file.is_file():
         try:
             return file.read_bytes().decode()
+        except OSError as error:
+            raise RequestError(f"{file} cannot be read: {error.strerror or error}") from None
         except ValueError:
             raise RequestError(f"{file} is not UTF-8 text") from None
     found = config.get("chat_template") or _beside(path, "chat_template.json").get("chat_template")

@@ -38,7 +38,8 @@ def export_workdir(source: Path, destination: Path, quantize: str | None, dtype:
     arrays = arrays_of(settings)
     folder, digests = _checkpoint(source, settings)
     saved = saved_tree(folder)
-    stored = _stored(source, saved, arrays)
+    params = params_of(saved)
+    stored = _stored(source, saved, params, arrays)
     dtypes = {path: target(stored[path], path, quantize, dtype) for path in arrays}
     tokenizer = Tokenizer.load(source) if (source / "tokenizer.json").is_file() else None
     common = Counter(dtypes[path] for path in arrays if dtypes[path] != FP8).most_common(1)[0][0]
@@ -50,8 +51,8 @@ def export_workdir(source: Path, destination: Path, quantize: str | None, dtype:
     damaged: list[str] = []
     with built(destination, request) as written, Shards(written, lay_out(entries)) as shards:
         works = [work for path, array in arrays.items()
-                 for work in _works(folder, params_of(saved), array, stored[path], dtypes[path], repeated, shards,
-                                    digests, damaged)]
+                 for work in _works(folder, params, array, stored[path], dtypes[path], repeated, shards, digests,
+                                    damaged)]
         account = transfer(works, sum(work.nbytes for work in works))
         account.tensors = len(entries)
         if damaged:
@@ -80,9 +81,9 @@ def _checkpoint(source: Path, settings) -> tuple[Path, dict[str, str]]:
     return directory / str(step), {}
 
 
-def _stored(source: Path, saved: dict, arrays: dict[str, Array]) -> dict[str, str]:
+def _stored(source: Path, saved: dict, params: str, arrays: dict[str, Array]) -> dict[str, str]:
     """{path: dtype} of the checkpoint's weights, checked to be the model's arrays, and the scales of those in FP8."""
-    weights = {"params": saved[params_of(saved)], "routing": saved["routing"]}
+    weights = {"params": saved[params], "routing": saved["routing"]}
     scales = paths(saved.get("scales", {}))
     expected = {path: array.shape for path, array in arrays.items()}
     found = {path: tuple(leaf.shape) for path, leaf in paths(weights).items()}

@@ -12,6 +12,7 @@ from jax import lax
 
 from kernels.grouped.reference import BLOCK
 from kernels.grouped.shapes import Shape
+from kernels.once import traced_once
 from kernels.product.operands import padded, scales_of_columns, scales_of_rows, sized
 from kernels.product.pipeline import Work, multiply, walk
 from kernels.product.tiles import ROWS, STEP, Tiles, default
@@ -29,6 +30,7 @@ def chosen_for_weight_gradient(shape: Shape) -> Tiles:
                                **tuned("grouped_weight_gradient", shape))
 
 
+@traced_once("tile_a", "tile_b", "out_dtype", "tiles", "sms", "interpret")
 def product(a_MC, scales_a, tile_a, b_ESC, scales_b, tile_b, expert_N, *, out_dtype=jnp.float32,
             tiles: Tiles | None = None, sms: int | None = None, interpret=None):
     """See the reference; y_MS in `out_dtype`. sms, interpret: for tests without a GPU."""
@@ -53,6 +55,7 @@ def product(a_MC, scales_a, tile_a, b_ESC, scales_b, tile_b, expert_N, *, out_dt
         name="fp8_grouped_product", tiles=tiles, sms=sms, interpret=interpret)[:, :S]
 
 
+@traced_once("tile_a", "tile_b", "n_experts", "tiles", "sms", "interpret")
 def weight_gradient(a_RM, scales_a, tile_a, b_SM, scales_b, tile_b, expert_N, n_experts: int, *,
                     tiles: Tiles | None = None, sms: int | None = None, interpret=None):
     """See the reference; each expert's blocks lie together. sms, interpret: for tests without a GPU."""

@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.mla_decode import BLOCK
 from kernels.mla_decode.shapes import Shape
+from kernels.once import traced_once
 from kernels.product.pipeline import COMPUTING_REGISTERS, FETCHING, FETCHING_REGISTERS, swizzled
 from kernels.product.tiles import multiprocessors
 from kernels.tuned import tuned
@@ -62,6 +63,7 @@ def candidates(shape: Shape) -> list[Tiles]:
     return [Tiles(2**i) for i in range(most.bit_length())]
 
 
+@traced_once("scale", "tiles", "interpret")
 def mla_decode(q_latent_BTNR, q_rope_BTNP, latent_BSR, rope_key_BSP, lengths_B, scale: float, *,
                tiles: Tiles | None = None, interpret=None):
     """See the reference. All bfloat16; S a multiple of 64, R of 256. interpret: for tests without a GPU."""

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from kernels.once import traced_once
 from kernels.product.operands import padded, scales_of_columns, scales_of_rows, sized
 from kernels.product.pipeline import Work, multiply, walk
 from kernels.product.shapes import Shape
@@ -17,6 +18,7 @@ def chosen(shape: Shape, by_block: bool = True) -> Tiles:
     return dataclasses.replace(default(shape.rows, shape.columns, by_block), **tuned(operation, shape))
 
 
+@traced_once("tile_a", "tile_b", "out_dtype", "tiles", "promote", "sms", "interpret")
 def product(a_RC, scales_a, tile_a, b_SC, scales_b, tile_b, *, out_dtype=jnp.float32, tiles: Tiles | None = None,
             promote: bool = True, sms: int | None = None, interpret=None):
     """See the reference; y_RS in `out_dtype`.

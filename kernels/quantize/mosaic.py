@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels.once import traced_once
 from kernels.quantize import division, reference
 from kernels.quantize.shapes import Activation, Weight
 from kernels.quantize.stream import (
@@ -75,6 +76,7 @@ def quantized_rows(x, power_of_two: bool = False):
     return _quotients(x, scale, power_of_two).astype(E4M3), scale
 
 
+@traced_once("power_of_two", "tiles", "interpret")
 def quantize(x_RC, power_of_two: bool = False, *, tiles: Tiles | None = None, interpret=None):
     """See `reference.quantize`, tile (1, 128)."""
     tiles = tiles or chosen("quantize", Activation(x_RC.size // x_RC.shape[-1], x_RC.shape[-1]))
@@ -98,6 +100,7 @@ def _transpose_into(values_t, scales_t, x, power_of_two: bool):
         values_t[part], scales_t[part] = quantized_rows(x_t, power_of_two)
 
 
+@traced_once("power_of_two", "tiles", "interpret")
 def quantize_transposed(x_RC, power_of_two: bool = False, *, tiles: Tiles | None = None, interpret=None):
     """See the reference."""
     tiles = tiles or chosen("quantize_transposed", Activation(x_RC.size // x_RC.shape[-1], x_RC.shape[-1]))
@@ -113,6 +116,7 @@ def quantize_transposed(x_RC, power_of_two: bool = False, *, tiles: Tiles | None
     return _on_whole_blocks(kernel, x_RC, lambda R, C, r, c: ((C, R), (r, C)))
 
 
+@traced_once("power_of_two", "tiles", "interpret")
 def quantize_both(x_RC, power_of_two: bool = False, *, tiles: Tiles | None = None, interpret=None):
     """See the reference."""
     tiles = tiles or chosen("quantize_both", Activation(x_RC.size // x_RC.shape[-1], x_RC.shape[-1]))
@@ -132,6 +136,7 @@ def quantize_both(x_RC, power_of_two: bool = False, *, tiles: Tiles | None = Non
     return _on_whole_blocks(kernel, x_RC, lambda R, C, r, c: ((R, C), (c, R), (C, R), (r, C)))
 
 
+@traced_once("power_of_two", "tiles", "interpret")
 def quantize_weight(w_RC, power_of_two: bool = False, *, tiles: Tiles | None = None, interpret=None):
     """See the reference."""
     tiles = tiles or chosen("quantize_weight", Weight(w_RC.shape[0] if w_RC.ndim == 3 else 1, *w_RC.shape[-2:]))

@@ -6,23 +6,18 @@ integer operations, which it vectorises, and x is cut into pieces that divide it
 """
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.once import traced_once
 from kernels.quantize import division, reference
 from kernels.quantize.reference import LARGEST, STORED_AS
 
 MANTISSA_BITS = {"e4m3": 3, "e5m2": 2, "e5m6": 6}
 SMALLEST_NORMAL = {"e4m3": 2.0**-6, "e5m2": 2.0**-14, "e5m6": 2.0**-14}
 SIGN, EXPONENT = np.uint32(0x80000000), np.uint32(0x7F800000)  # bits of a float32
-
-
-def _traced_once(*static):
-    """A decorator: one trace for all operands of a shape, for the layers of a model have hundreds."""
-    return partial(jax.jit, static_argnames=static)
 
 
 def _bits(x):
@@ -76,14 +71,14 @@ def amax_of(x_RC, tile):
     return reference.amax_of(largest, _cut(x_RC.shape, tile)[1])
 
 
-@_traced_once("tile", "kind", "power_of_two")
+@traced_once("tile", "kind", "power_of_two")
 def quantize(x_RC, tile, kind: str = "e4m3", power_of_two: bool = False):
     """See the reference."""
     scales = reference.scale_of(amax_of(x_RC, tile), kind, power_of_two)
     return quantize_with(x_RC, scales, tile, kind), scales
 
 
-@_traced_once("tile", "kind")
+@traced_once("tile", "kind")
 def quantize_with(x_RC, scales, tile, kind: str = "e4m3"):
     """See the reference."""
     x = _pieces(x_RC, tile)
@@ -97,7 +92,7 @@ def quantize_with(x_RC, scales, tile, kind: str = "e4m3"):
     return values.reshape(x_RC.shape)
 
 
-@_traced_once("tile")
+@traced_once("tile")
 def dequantize(values_RC, scales, tile):
     """See the reference."""
     values = values_RC.reshape(_cut(values_RC.shape, tile)[0])
@@ -118,13 +113,13 @@ def _to_float32(values):
     return _float(magnitude | (code & 0x80) << 24)
 
 
-@_traced_once("tile", "kind", "power_of_two")
+@traced_once("tile", "kind", "power_of_two")
 def round_trip(x_RC, tile, kind: str = "e4m3", power_of_two: bool = False):
     """dequantize(*quantize(x)), float32, without the narrow array between."""
     return round_trip_with(x_RC, reference.scale_of(amax_of(x_RC, tile), kind, power_of_two), tile, kind)
 
 
-@_traced_once("tile", "kind")
+@traced_once("tile", "kind")
 def round_trip_with(x_RC, scales, tile, kind: str = "e4m3"):
     """dequantize(quantize_with(x, scales), scales), float32, without the narrow array between."""
     x, scales = _pieces(x_RC, tile), _spread(scales, tile, x_RC.shape)
@@ -132,20 +127,20 @@ def round_trip_with(x_RC, scales, tile, kind: str = "e4m3"):
     return _float(_bits(magnitude) | _bits(x) & SIGN).reshape(x_RC.shape)
 
 
-@_traced_once("kind", "power_of_two")
+@traced_once("kind", "power_of_two")
 def quantize_both(x_RC, kind: str = "e4m3", power_of_two: bool = False):
     """See the reference."""
     return *quantize(x_RC, (1, 128), kind, power_of_two), *quantize_transposed(x_RC, kind, power_of_two)
 
 
-@_traced_once("kind", "power_of_two")
+@traced_once("kind", "power_of_two")
 def quantize_transposed(x_RC, kind: str = "e4m3", power_of_two: bool = False):
     """See the reference."""
     values, scales = quantize(x_RC, (128, 1), kind, power_of_two)
     return _transpose(values), scales.T
 
 
-@_traced_once("tile", "kind", "power_of_two", "transposed")
+@traced_once("tile", "kind", "power_of_two", "transposed")
 def quantize_blocks(x_RC, tile, first_N, kind: str = "e4m3", power_of_two: bool = False, transposed: bool = False):
     """See the package."""
     N, rows = first_N.size, x_RC.shape[0] // first_N.size
@@ -159,7 +154,7 @@ def quantize_blocks(x_RC, tile, first_N, kind: str = "e4m3", power_of_two: bool 
     return (_transpose(values), scales.T) if transposed else (values, scales)
 
 
-@_traced_once("kind", "power_of_two")
+@traced_once("kind", "power_of_two")
 def quantize_weight(w_RC, kind: str = "e4m3", power_of_two: bool = False):
     """See the reference."""
     values, scales = quantize(w_RC, (128, 128), kind, power_of_two)

@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels.once import traced_once
 from kernels.quantize.mosaic import (
     BY_COLUMNS,
     BY_ROWS,
@@ -65,6 +66,7 @@ FORWARD_CANDIDATES = [Tiles(rows, steps, stages, places) for steps in (1, 4, 8, 
 BACKWARD_CANDIDATES = [BackwardTiles(steps) for steps in (1, 2, 4, 8, 16)]
 
 
+@traced_once("power_of_two", "tiles", "interpret")
 def forward(g_RF, u_RF, power_of_two: bool = False, *, tiles: Tiles | None = None, interpret=None):
     """See the reference."""
     (R, F), tiles = g_RF.shape, tiles or chosen_for_forward(Shape(*g_RF.shape))
@@ -94,6 +96,7 @@ def forward(g_RF, u_RF, power_of_two: bool = False, *, tiles: Tiles | None = Non
     return _cut(results, 3 * [(R, F), (-(-F // BLOCK), R)])
 
 
+@traced_once("tiles", "interpret")
 def backward(g_RF, g_scales, u_RF, u_scales, da_RF, weight_R, *, tiles: BackwardTiles | None = None, interpret=None):
     """See the reference. da: of 16 bits."""
     (R, F), tiles = g_RF.shape, tiles or chosen_for_backward(Shape(*g_RF.shape))

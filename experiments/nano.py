@@ -21,14 +21,17 @@ SIZES = {
         "model.head_dim": 24, "model.moe_intermediate_size": 48, "data.bpe_vocab_size": 1024,
         "data.sequence_length": 128, "training.steps": 400, **RUNG},
     "mini": {"model.head_dim": 48, "training.steps": 500, **RUNG},
-    "gpu": {  # widths are multiples of FP8's tiles of 128; 65,536 tokens a step, about 16,000 rows for each expert
+    # widths are multiples of FP8's tiles of 128; 65,536 tokens a step, about 16,000 rows for each expert; documents are
+    # not masked, as in V3's pre-training, so that attention is cuDNN's
+    "gpu": {
         "model.hidden_size": 512, "model.intermediate_size": 1536, "model.num_hidden_layers": 9,
         "model.num_attention_heads": 8, "model.num_key_value_heads": 8, "model.kv_lora_rank": 256,
         "model.qk_nope_head_dim": 64, "model.qk_rope_head_dim": 32, "model.v_head_dim": 64,
         "model.moe_intermediate_size": 256, "model.n_routed_experts": 32, "model.num_experts_per_tok": 8,
-        "data.bpe_vocab_size": 8192, "data.sequence_length": 2048, "training.batch_size": 32, "training.steps": 1000,
-        "optimizer.learning_rate": 2e-3, "optimizer.moment_dtype": "bfloat16", "precision.recipe": "bfloat16",
-        "evaluation.every_steps": 250, "evaluation.decode_prompts": 0, "checkpoint.every_steps": 250},
+        "data.bpe_vocab_size": 8192, "data.sequence_length": 2048, "data.mask_documents": False,
+        "training.batch_size": 32, "training.steps": 1000, "optimizer.learning_rate": 2e-3,
+        "optimizer.moment_dtype": "bfloat16", "precision.recipe": "bfloat16", "evaluation.every_steps": 250,
+        "evaluation.decode_prompts": 0, "checkpoint.every_steps": 250},
 }
 
 

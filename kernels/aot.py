@@ -43,8 +43,8 @@ class Kernel(NamedTuple):
 
 
 @functools.cache
-def _h200():
-    """The sharding of arrays on an H200 that is not there."""
+def h200():
+    """The sharding of arrays on an H200 that is not there. Unavailable without the packages of requirements-gpu.txt."""
     import jax
     from jax._src import xla_bridge
     from jax.experimental import topologies
@@ -75,7 +75,7 @@ def compile_for_h200(function: Callable, *arguments):
 
     from kernels.choice import meant_for_h200
 
-    sharding = _h200()
+    sharding = h200()
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
     jitted = function if hasattr(function, "lower") else jax.jit(function)
     with meant_for_h200():
@@ -159,7 +159,7 @@ def main() -> None:
 
     chosen = OPERATIONS if _OP.value is None else {_OP.value: OPERATIONS[command.one_of("op", _OP.value, OPERATIONS)]}
     try:
-        _h200()
+        h200()
     except Unavailable as error:
         raise RequestError(str(error)) from None
     print(f"{'operation':<25}{'shape':<20}{'registers':>10}{'spills':>8}{'shared':>9}{'wgmma':>7}{'seconds':>9}  tiles")

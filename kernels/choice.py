@@ -5,6 +5,7 @@ from absl import logging
 
 from kernels.tuned import TARGET
 
+H200 = jax.sharding.AbstractDevice(device_kind=TARGET, platform="gpu", num_cores=132)
 IMPLEMENTATIONS = ("auto", "mosaic", "xla", "reference")
 
 
@@ -18,8 +19,7 @@ class Unavailable(ValueError):
 
 def meant_for_h200():
     """A context in which functions are traced as for an H200, wherever they are."""
-    device = jax.sharding.AbstractDevice(device_kind=TARGET, platform="gpu", num_cores=132)
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=H200))
 
 
 def platform() -> str:

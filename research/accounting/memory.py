@@ -109,7 +109,7 @@ def of_device(settings, gpu: bool) -> dict[str, int]:
 
     weights: as the products read them (16 bits, or the 8-bit copies); master, moments, average (of the weights):
     float32, moments as the config says. Everything that one weight has is divided by fsdp, tensor and pipeline, routed
-    experts by expert; master, moments and average also by the rest of the mesh (ZeRO-1). activations: what the forward
+    experts by expert; moments and average also by the rest of the mesh (ZeRO-1). activations: what the forward
     pass keeps of a device's rows of one of the `accumulation_steps` pieces (experts see those of all devices of the
     axis expert, and pad them). buffers: what the backward pass has beside them at its beginning. total: the largest
     sum that is alive at once, where gradients take the place of activations, unless they are accumulated over pieces.
@@ -139,7 +139,7 @@ def of_device(settings, gpu: bool) -> dict[str, int]:
     in_flight = min(mesh.pipeline, pieces) / mesh.pipeline
     of = {
         "weights": 4 * held if recipe.name == "float32" else copies * held / total if recipe.quantized else 2 * held,
-        "master": 0 if recipe.name == "float32" else 4 * total / devices,
+        "master": 0 if recipe.name == "float32" else 4 * held,
         "gradients": 4 * held,
         "moments": bytes_of(jax.tree.leaves(jax.eval_shape(make_optimizer(settings).init, params))) / devices,
         "average": 4 * total / devices if settings.training.ema_decay else 0,

@@ -3,14 +3,18 @@
 import math
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from kernels.choice import H200
 from research.errors import RequestError
 from research.model.build import make_model, variable_shapes
 from research.parallel import hosts, pipeline
 from research.parallel.rules import AXES, BATCH, check_shapes
 from research.precision.recipe import RECIPES
 from research.tree import paths
+
+# Auto: the compiler spreads the rules' shardings; explicit axes, the default of make_mesh, refuse code like ours
+TYPES = (AxisType.Auto,) * len(AXES)
 
 
 def make_mesh(settings, devices=None) -> Mesh | None:
@@ -19,7 +23,7 @@ def make_mesh(settings, devices=None) -> Mesh | None:
     Without a mesh everything is as it is on one device: no array is placed and no collective compiled. RequestError
     names what does not fit.
     """
-    sizes, devices = {axis: settings.mesh[axis] for axis in AXES}, devices or jax.devices()
+    sizes, devices = sizes_of(settings), devices or jax.devices()
     needed = math.prod(sizes.values())
     product = " * ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1) or "mesh.data=1"
     if hosts.several() and needed != len(devices):
@@ -27,18 +31,37 @@ def make_mesh(settings, devices=None) -> Mesh | None:
                            f"all they have, {len(devices)} {devices[0].platform} devices")
     if needed == 1:
         return None
-    pipeline.check(settings)
-    if RECIPES[settings.precision.recipe].quantized:
-        raise RequestError.field("precision.recipe", settings.precision.recipe,
-                                 f"runs on one device: a mesh of {needed} devices needs float32 or bfloat16")
+    _check(settings)
     if needed > len(devices):
         raise RequestError(f"config.{product} needs {needed} devices: {len(devices)} {devices[0].platform} "
                            f"device{'s are' if len(devices) > 1 else ' is'} present")
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=TYPES, devices=devices[:needed])
+
+
+def abstract_mesh(settings) -> AbstractMesh | None:
+    """The mesh of `settings.mesh` over as many H200 as it takes, which are nowhere: to trace and lower a program for
+    them. None and RequestError as from `make_mesh`."""
+    sizes = sizes_of(settings)
+    if math.prod(sizes.values()) == 1:
+        return None
+    _check(settings)
+    return AbstractMesh(tuple(sizes.values()), AXES, axis_types=TYPES, abstract_device=H200)
+
+
+def sizes_of(settings) -> dict[str, int]:
+    """{axis: its size}."""
+    return {axis: settings.mesh[axis] for axis in AXES}
+
+
+def _check(settings) -> None:
+    """RequestError for what the program over a mesh cannot do, whatever the devices."""
+    sizes = sizes_of(settings)
+    pipeline.check(settings)
+    if RECIPES[settings.precision.recipe].quantized:
+        raise RequestError.field("precision.recipe", settings.precision.recipe, "runs on one device: a mesh of "
+                                 f"{math.prod(sizes.values())} devices needs float32 or bfloat16")
     shards, rows = math.prod(sizes[axis] for axis in BATCH), settings.evaluation.batch_size
     if rows % shards:
         raise RequestError.field("evaluation.batch_size", rows,
                                  f"must be a multiple of {shards} = mesh.data * mesh.fsdp * mesh.expert")
     check_shapes(paths(variable_shapes(make_model(settings), settings)["params"]), sizes)
-    # Auto: the compiler spreads the rules' shardings; explicit axes, the default of make_mesh, refuse code like ours
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES),
-                         devices=devices[:needed])

@@ -2,13 +2,15 @@
 
     data     a copy of the weights each; moments and averages are split over it all the same (ZeRO-1)
     fsdp     splits every matrix, gathered where it is used
-    expert   splits the routed experts, which never move: tokens come to them (experts.py)
+    expert   splits the routed experts, which never move: tokens come to them (experts.py); of the others' moments and
+             averages as `data`
     tensor   splits heads, feed-forward widths and the vocabulary
     pipeline splits the stack of layers that a pipeline's stages share (pipeline.py)
 
 The batch is split over data x fsdp x expert. Activations are placed where `Products.placed` is called, nowhere else.
 """
 
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -71,9 +73,11 @@ def check_shapes(shapes, sizes: dict[str, int]) -> None:
 
 
 def spread(axes: tuple, shape: tuple, mesh: Mesh) -> tuple:
-    """The axes with `data` beside `fsdp`, where the dimension divides."""
-    n = mesh.shape["data"] * mesh.shape["fsdp"]
-    return tuple(("fsdp", "data") if axis == "fsdp" and not length % n else axis
+    """The axes with the others that hold copies beside `fsdp`, where the dimension divides: `data`, and for what is no
+    routed expert's `expert`."""
+    beside = ("fsdp", "data") if "expert" in axes else ("fsdp", "data", "expert")
+    n = math.prod(mesh.shape[axis] for axis in beside)
+    return tuple(beside if axis == "fsdp" and not length % n else axis
                  for axis, length in zip(axes, shape, strict=True))
 
 

@@ -1,7 +1,7 @@
 """DeepSeek-V3 on a cluster: memory of a GPU, what it sends, and the least a step can take, by mesh, from shapes."""
 
 from research import plots
-from research.accounting import cost, flops, memory
+from research.accounting import cost, flops, memory, parameters
 from research.parallel import schedules
 from research.tables.runner import Row, of_unit, published
 
@@ -10,7 +10,8 @@ SOURCE = "DeepSeek-V3 (2412.19437) §3.1-3.2: 16-way pipeline, 64-way experts, Z
          "Insights into DeepSeek-V3 (2505.09343) Table 4"
 NOTES = (
     "Memory: the account's, of FP8 training with the up-projections computed again and one row of 4,096 tokens a "
-    "micro-batch; no GPU was measured. An H800 has 80 GB. DualPipe's second copy of a stage's weights is not in it.",
+    "micro-batch, but with the float32 weights split over all GPUs that would hold copies, which V3 does and training "
+    "here does not; no GPU was measured. An H800 has 80 GB. DualPipe's second copy of a stage's weights is not in it.",
     "Products: the FLOPs of Insights' rule, attention at 989 TFLOP/s, all else at twice that, the peak of FP8.",
     "Sent: each token to at most 4 nodes in FP8 with its scales, back in bfloat16, and the same for the gradients, at "
     "50 GB/s (400G InfiniBand), which hides behind the products or they behind it.",
@@ -43,7 +44,8 @@ def of_mesh(pipeline: int, expert: int, data: int) -> list[Row]:
     idle = schedules.idle(schedules.timed(schedules.dual(pipeline, batches)))
     bubble = idle / (batches * (schedules.COSTS.forward + schedules.COSTS.backward))
     name = f"{gpus:,} GPUs: pipeline {pipeline} x expert {expert} x data {data}"
-    held = memory.of_device(s, gpu=True)["total"]
+    of, count = memory.of_device(s, gpu=True), parameters.count(s)
+    held = of["total"] - of["master"] + 4 * (count["total"] + count["mtp"]) / gpus
     return [
         Row(name, "GB a GPU", None, held / 1e9, 1, "fits" if held < GPU.memory else "does not fit into 80 GB"),
         Row(f"{name}, sent", "GB a GPU and step", None, sent / 1e9, 1, "to at most 4 nodes a token"),

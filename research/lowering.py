@@ -1,0 +1,125 @@
+"""The program of a training step for GPUs that are not here: `python -m research.lowering --config=FILE`.
+
+The step of the config's mesh is traced and lowered for CUDA as it would be for so many H200: nothing is allocated, and
+neither a GPU nor its packages are needed. Printed: how long that takes, the program's lines, the calls of our own
+kernels and how many differ, the exchanges that the model itself asks for (XLA adds those of the shardings when it
+compiles), and the bytes of a device beside the account's. --compile also compiles it, for one GPU, in the environment of
+`make aot`; what XLA chooses by trial is left to the GPU. Attention is plain XLA's: cuDNN's asks for the library.
+
+    python -m research.lowering --config=experiments/deepseek_v3.py --config.mesh.expert=64 \\
+        --config.precision.recipe=bfloat16 --config.training.batch_size=64 --config.training.batch_ramp_start=64 \\
+        --config.evaluation.batch_size=64
+"""
+
+import math
+import re
+import time
+from collections import Counter
+
+from absl import flags
+
+from research import command
+from research.errors import RequestError
+
+FLAGS = flags.FlagValues()
+_CONFIG = flags.DEFINE_string("config", None, "The experiment: FILE.py or FILE.py:arm.", FLAGS)
+_FIELDS = flags.DEFINE_multi_string("config.", [], "--config.group.field=value changes a field; meshes too.", FLAGS)
+_COMPILE = flags.DEFINE_boolean("compile", False, "Compiles the program too: a mesh of one, `make aot`.", FLAGS)
+
+EXCHANGE = re.compile(r"stablehlo\.(all_to_all|all_gather|all_reduce|reduce_scatter|collective_permute)\b"
+                      r"|@(ragged_all_to_all)\b")
+KERNEL = re.compile(r'kernel_hash = "((?:\\.|[^"\\])*)"')
+
+
+def lowered(settings, compiles: bool = False) -> dict:
+    """What `main` prints, as data: seconds, counts, and bytes of a device by part of the state.
+
+    compiles: for one device; RequestError for a mesh of more, and without the packages of requirements-gpu.txt.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from kernels import aot
+    from kernels.choice import meant_for_h200
+    from research.accounting import memory
+    from research.model.build import make_model
+    from research.parallel.mesh import abstract_mesh
+    from research.training.step import abstract_state, make_train_step
+
+    mesh, plain = abstract_mesh(settings), memory.with_plain_attention(settings)
+    if compiles and mesh:
+        raise RequestError(f"--compile is for one device: the config's mesh has {mesh.size}")
+    model = make_model(plain, mesh)
+    start, state = time.perf_counter(), abstract_state(model, plain)
+    shape = plain.training.batch_size, plain.data.sequence_length
+    batch = {f"{name}_BT": jax.ShapeDtypeStruct(shape, jnp.int32)
+             for name in ("tokens", "targets", "segments", "positions")}
+    arguments = state, batch | {"mask_BT": jax.ShapeDtypeStruct(shape, bool)}
+    platforms: tuple[str, ...] | None = ("cuda",)
+    if compiles:
+        try:
+            place, platforms = aot.h200(), None  # the arguments' own
+        except aot.Unavailable as error:
+            raise RequestError(f"--compile: {error}") from None
+        arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
+    seconds, taken = {}, None
+    with jax.sharding.use_abstract_mesh(mesh) if mesh else meant_for_h200():
+        traced = make_train_step(model, plain).trace(*arguments)
+        seconds["traced"], start = time.perf_counter() - start, time.perf_counter()
+        program = traced.lower(lowering_platforms=platforms)
+        seconds["lowered"], start = time.perf_counter() - start, time.perf_counter()
+        if compiles:
+            taken = program.compile().memory_analysis()
+            seconds["compiled"] = time.perf_counter() - start
+    lines = program.as_text()
+
+    def bytes_of(leaf):
+        held = leaf.sharding.shard_shape(leaf.shape) if mesh else leaf.shape
+        return math.prod(held) * leaf.dtype.itemsize
+
+    kernels = KERNEL.findall(lines)
+    return {
+        "devices": mesh.size if mesh else 1,
+        "mesh": dict(mesh.shape) if mesh else {},
+        "seconds": seconds,
+        "lines": lines.count("\n"),
+        "kernels": {"calls": len(kernels), "different": len(set(kernels))},
+        "exchanges": dict(Counter("".join(found) for found in EXCHANGE.findall(lines))),
+        "held": {name: sum(map(bytes_of, jax.tree.leaves(part))) for name, part in state.items()},
+        "taken": taken and (taken.argument_size_in_bytes + taken.output_size_in_bytes - taken.alias_size_in_bytes
+                            + taken.temp_size_in_bytes),
+        "account": memory.of_device(settings, gpu=True)["total"],
+    }
+
+
+def text(found: dict) -> str:
+    """The lines of the command."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1)
+    held = {name: size for name, size in found["held"].items() if size > 1e-3 * max(found["held"].values())}
+    return "\n".join((
+        f"{found['devices']:,} H200{f': {mesh}' if mesh else ''}",
+        f"program     {found['lines']:,} lines of StableHLO, "
+        + ", ".join(f"{name} in {seconds:.0f} s" for name, seconds in found["seconds"].items()),
+        f"kernels     {found['kernels']['calls']} of our own in it, {found['kernels']['different']} different",
+        "exchanges   " + (", ".join(f"{n} {name}" for name, n in sorted(found["exchanges"].items())) or "none"),
+        "a device    " + ", ".join(f"{name} {size / 1e9:,.1f} GB" for name, size in held.items())
+        + f": {sum(found['held'].values()) / 1e9:,.1f} GB of the state",
+        f"            {found['account'] / 1e9:,.1f} GB in training, by the account"
+        + (f"; {found['taken'] / 1e9:,.1f} GB by the compiler" if found["taken"] else ""),
+    ))
+
+
+def main() -> None:
+    if not _CONFIG.value:
+        raise RequestError("--config is missing: python -m research.lowering --config=experiments/FILE.py")
+    with command.stops_held():
+        from research.accounting.request import settings_of
+        from research.environment import runnable
+
+    settings = settings_of(_CONFIG.value, _FIELDS.value)
+    with runnable():
+        print(text(lowered(settings, _COMPILE.value)))
+
+
+if __name__ == "__main__":
+    command.run(main, FLAGS)

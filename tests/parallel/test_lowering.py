@@ -1,0 +1,64 @@
+"""`python -m research.lowering`: the program for GPUs that are not here, and what a device of them holds."""
+
+import pytest
+
+from research import lowering
+from research.accounting import memory
+from research.accounting.request import settings_of
+from tests.commands import exit_code
+from tests.training import runs
+
+NANO = "--config=experiments/nano.py:smoke"
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(runs.ROOT)
+
+
+@pytest.mark.parametrize("mesh", [
+    {"data": 2, "expert": 4},  # moments of what is no expert's: an eighth on each; of experts: a quarter of a half
+    {"fsdp": 2},
+])
+def test_a_device_holds_what_the_account_says(mesh):
+    """Float32 weights and their moments; the account's are averages, and counts and vectors are on every device."""
+    fields = [f"mesh.{axis}={size}" for axis, size in mesh.items()]
+    settings = settings_of("experiments/nano.py:smoke", (
+        "precision.recipe=float32", "evaluation.batch_size=8", "training.batch_size=8", *fields))
+    found, account = lowering.lowered(settings), memory.of_device(settings, gpu=True)
+    assert found["account"] == account["total"]
+    assert found["held"]["params"] == pytest.approx(account["weights"], rel=0.02)
+    assert found["held"]["optimizer"] == pytest.approx(account["moments"], rel=0.05)
+    travels = "ragged_all_to_all" in found["exchanges"]
+    assert travels == ("expert" in mesh)
+    assert found["kernels"] == {"calls": 0, "different": 0}
+
+
+def test_what_is_printed_and_refused(capsys, monkeypatch):
+    given = {
+        "devices": 2048, "mesh": {"pipeline": 2, "data": 16, "fsdp": 1, "expert": 64, "tensor": 1}, "lines": 27933,
+        "seconds": {"traced": 12.4, "lowered": 6.0}, "kernels": {"calls": 3, "different": 2},
+        "exchanges": {"all_reduce": 50, "all_gather": 3}, "held": {"params": 63.9e9, "step": 4, "ema": 8.6e9},
+        "taken": None, "account": 164.1e9}
+    monkeypatch.setattr(lowering, "lowered", lambda settings, compiles: given)
+    assert exit_code(lowering, NANO) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "2,048 H200: pipeline 2 x data 16 x expert 64",
+        "program     27,933 lines of StableHLO, traced in 12 s, lowered in 6 s",
+        "kernels     3 of our own in it, 2 different",
+        "exchanges   3 all_gather, 50 all_reduce",
+        "a device    params 63.9 GB, ema 8.6 GB: 72.5 GB of the state",
+        "            164.1 GB in training, by the account"]
+    given["seconds"]["compiled"], given["taken"] = 70, 171e9
+    assert exit_code(lowering, NANO, "--compile") == 0
+    out = capsys.readouterr().out
+    assert ", compiled in 70 s\n" in out and "by the account; 171.0 GB by the compiler\n" in out
+    monkeypatch.undo()
+    monkeypatch.chdir(runs.ROOT)
+    for fields, said in (("mesh.expert=3",), "config.training.batch_size="), (
+            ("mesh.data=2", "evaluation.batch_size=3"), "config.evaluation.batch_size=3"), (
+            ("mesh.data=2", "precision.recipe=mxfp8"), "config.precision.recipe='mxfp8'"), (
+            ("mesh.data=2", "evaluation.batch_size=8"), "--compile is for one device"), ((), "--config is missing"):
+        words = [NANO, *(f"--config.{field}" for field in fields)] if fields else []
+        assert exit_code(lowering, *words, "--compile") == 2
+        out, error = capsys.readouterr()
+        assert out == "" and error.startswith("error:") and said in error and error.count("\n") == 1, error

@@ -3,8 +3,8 @@
 The step of the config's mesh is traced and lowered for CUDA as it would be for so many H200: nothing is allocated, and
 neither a GPU nor its packages are needed. Printed: how long that takes, the program's lines, the calls of our own
 kernels and how many differ, the exchanges that the model itself asks for (XLA adds those of the shardings when it
-compiles), and the bytes of a device beside the account's. --compile also compiles it, for one GPU, in the environment of
-`make aot`; what XLA chooses by trial is left to the GPU. Attention is plain XLA's: cuDNN's asks for the library.
+compiles), and the bytes of a device beside the account's. --compile also compiles it, for one GPU, in the environment
+of `make aot`; what XLA chooses by trial is left to the GPU. Attention is plain XLA's: cuDNN's asks for the library.
 
     python -m research.lowering --config=experiments/deepseek_v3.py --config.mesh.expert=64 \\
         --config.precision.recipe=bfloat16 --config.training.batch_size=64 --config.training.batch_ramp_start=64 \\

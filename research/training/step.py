@@ -194,6 +194,8 @@ def make_train_step(model: Transformer, settings, loss=loss_of):
         trained = {"params": state["params"], "amax": state["amax"]}
         gradients, metrics = accumulate(trained, state["routing"], batch, total, weight)
         gradients, amax = gradients["params"], gradients["amax"]
+        if over:  # as the weights lie, so that how moments lie says nothing of how gradients come about
+            gradients = jax.lax.with_sharding_constraint(gradients, over.state["params"])
         loads = metrics.pop("loads")
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])
         params = optax.apply_updates(state["params"], updates)

@@ -19,6 +19,14 @@ class RunError(RuntimeError):
     """A run failed on its way: exit code 1; the message says at which step and what is safe on disk."""
 
 
+class Diverged(RunError):
+    """The loss or its gradient is no finite number any more, at `step`."""
+
+    def __init__(self, step: int, said: str):
+        super().__init__(f"step {step}: {said}")
+        self.step = step
+
+
 def nearest(name: Any, known: Iterable[str], prefix: str = "") -> str:
     """` (did you mean PREFIX+X?)` for the closest of the known names, or nothing where none is close.
 

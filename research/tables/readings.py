@@ -31,8 +31,11 @@ class Reading:
             write_whole(run.workdir / f"{self.name}.json", json.dumps(self.read(run)) + "\n")
 
     def lines_of(self, run: study.Run) -> list[dict] | None:
-        """The metrics of a finished run and, as one line more, what was read off it; None for any other."""
+        """The metrics of a finished run and, as one line more, what was read off it, unless it diverged; None for any
+        other."""
         lines, path = study.lines_of(run), run.workdir / f"{self.name}.json"
+        if study.diverged(lines):
+            return lines
         if lines is None or not path.exists():
             return None
         return [*lines, {"split": self.name} | json.loads(path.read_bytes())]

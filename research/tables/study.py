@@ -2,11 +2,13 @@
 
 A run is research.main's own training into `runs/tables/EXPERIMENT/SIZE/ARM-SEED`, which tables of one experiment share.
 A killed one goes on at its newest checkpoint; a finished one is taken as it is, unless its resolved config has changed:
-then it is trained again, and so is what started from it. Losses of models of other sizes on other text are no figures
+then it is trained again, and so is what started from it. One whose loss stops being a number is finished too: that it
+diverged is a result. Losses of models of other sizes on other text are no figures
 to compare, so a table's verdicts are on the paper's directions: the differences between two arms, of one seed each.
 """
 
 import json
+import math
 import shutil
 import statistics
 import sys
@@ -20,7 +22,7 @@ from tqdm import tqdm
 
 from research import config, experiment, plots
 from research.environment import commit
-from research.errors import RequestError, RunError
+from research.errors import Diverged, RequestError, RunError
 from research.files import write_whole
 from research.tables.quantities import QUANTITIES, Pictured, vocabulary
 from research.tables.runner import ROOT, Row, machine
@@ -30,6 +32,8 @@ SIZES = {"cpu": ("micro", "mini"), "gpu": ("gpu",)}  # of experiments/nano.py
 CONFIDENCE = 0.95
 REPRODUCED, NOT, NOISE = "reproduced", "not reproduced", "within noise"
 ONE = "one seed, no verdict"
+DIVERGED = "diverged"  # the split of such a run's last line; the verdict where some of the seeds did
+LOSSES = ("validation loss", "bits per byte")  # of a diverged run they are beyond any other
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,8 @@ def changed(run: Run) -> str:
 
 def lines_of(run: Run) -> list[dict] | None:
     """The metrics of a run that is finished under this config; None for any other."""
-    steps = run.settings.training.steps
-    if run.trained and not (run.workdir / "checkpoints" / str(steps)).is_dir():
+    steps, lines = run.settings.training.steps, read_lines(run.workdir / "metrics.jsonl")
+    if run.trained and not (run.workdir / "checkpoints" / str(steps)).is_dir() and not diverged(lines):
         return None
     if run.start and lines_of(run.start) is None:
         return None
@@ -130,14 +134,20 @@ def lines_of(run: Run) -> list[dict] | None:
             return None
     except RequestError:  # of another version's fields
         return None
-    lines = read_lines(run.workdir / "metrics.jsonl")
-    return lines if any(line["split"] == "validation" and line["step"] == steps for line in lines) else None
+    ended = any(line["split"] == "validation" and line["step"] == steps for line in lines)
+    return lines if ended or diverged(lines) else None
+
+
+def diverged(lines) -> bool:
+    """Whether a run of these metrics ended because its loss was no number any more."""
+    return isinstance(lines, list) and bool(lines) and lines[-1]["split"] == DIVERGED
 
 
 def train(runs: list[Run]) -> None:
     """Trains (evaluates, where untrained) those that are not finished, one after another, with one bar over all.
 
-    Raises RunError with the run's name where one fails; Stopped passes through, after its run is saved.
+    Raises RunError with the run's name where one fails, or would start from the weights of one that diverged; Stopped
+    passes through, after its run is saved.
     """
     missing = [run for run in runs if lines_of(run) is None]
     work, start = [_work(run) for run in missing], time.monotonic()
@@ -152,6 +162,8 @@ def train(runs: list[Run]) -> None:
             for other in runs:
                 if run in starts_of(other):
                     _empty(other.workdir)
+            if run.start and diverged(lines_of(run.start)):
+                raise RunError(f"{run}: it starts from {run.start}, which diverged")
             _train(run) if run.trained else _evaluate(run)
             bar.update(work[number])
 
@@ -187,6 +199,10 @@ def _train(run: Run) -> None:
             _empty(run.workdir)
     try:
         loop.train(run.settings, run.workdir)
+    except Diverged as error:
+        logging.warning("%s: %s", run, error)
+        with (run.workdir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": error.step, "split": DIVERGED}) + "\n")
     except RunError as error:
         raise RunError(f"{run}: {error}") from error
     finally:
@@ -253,6 +269,7 @@ def _part(saved: dict, wanted: dict) -> dict:
 def measure(study: Study, runs: list, lines_of=lines_of) -> dict[tuple[str, str, str], dict[int, float]]:
     """{(size, quantity, arm): {seed: figure}} of the sizes of which every run is finished; without figures of None.
 
+    A diverged run's losses are infinite, and its other figures no numbers.
     lines_of: what is known of a finished run, None of any other.
     """
     lines = {(run.size, run.arm, run.seed): lines_of(run) for run in runs}
@@ -261,7 +278,9 @@ def measure(study: Study, runs: list, lines_of=lines_of) -> dict[tuple[str, str,
     for run in runs:
         if run.size not in torn:
             for quantity in study.quantities:
-                figure = QUANTITIES[quantity][0](run, lines[run.size, run.arm, run.seed])
+                its = lines[run.size, run.arm, run.seed]
+                figure = ((math.inf if quantity in LOSSES else math.nan) if diverged(its) else
+                          QUANTITIES[quantity][0](run, its))
                 if figure is not None:
                     found.setdefault((run.size, quantity, run.arm), {})[run.seed] = figure
     return found
@@ -278,10 +297,11 @@ def rows(study: Study, found: dict) -> list[Row]:
                                  **_spread(figures.values(), quantity), how=_seeds(figures)))
         for claim in study.claims:
             ours, theirs = (found[size, claim.quantity, arm] for arm in (claim.arm, claim.than))
+            lost = _lost(claim.arm, ours) + _lost(claim.than, theirs)
             paired = [ours[seed] - theirs[seed] for seed in ours]
             table.append(Row(f"{size}: {claim.arm} less {claim.than}", claim.quantity, claim.paper,
                              **_spread(paired, claim.quantity), verdict=verdict(paired, claim.paper),
-                             how=f"{claim.where}; {margin(paired)}"))
+                             how=f"{claim.where}; {margin(paired)}{lost}"))
     return table
 
 
@@ -290,15 +310,25 @@ def verdict(paired: list[float], paper: float | None) -> str:
 
     The interval holds 0: within noise. Beyond it on the paper's side: reproduced. On the other side, or on any where
     the paper has both equal: not reproduced. Where the paper says nothing: higher or lower. One seed has no interval.
+    Where one arm's loss is infinite in every seed and the other's in none, that is the difference; else `diverged`.
     """
     if len(paired) < 2:
         return ONE
+    if not all(map(math.isfinite, paired)):
+        if not any(set(paired) == {side} for side in (math.inf, -math.inf)):
+            return DIVERGED
+        return _judged(paired[0], paper)
     mean, half = statistics.fmean(paired), half_width(paired)
     if abs(mean) <= half:
         return NOISE
+    return _judged(mean, paper)
+
+
+def _judged(difference: float, paper: float | None) -> str:
+    """Of one that is beyond noise."""
     if paper is None:
-        return "higher" if mean > 0 else "lower"
-    return REPRODUCED if mean * paper > 0 else NOT
+        return "higher" if difference > 0 else "lower"
+    return REPRODUCED if difference * paper > 0 else NOT
 
 
 def half_width(paired: list[float]) -> float:
@@ -310,12 +340,17 @@ def half_width(paired: list[float]) -> float:
 
 
 def margin(paired: list[float]) -> str:
-    return f"ours ± {half_width(paired):.2g} (paired t, 95%)" if len(paired) > 1 else "one pair"
+    paired = list(filter(math.isfinite, paired))
+    if len(paired) < 2:
+        return "one pair" if paired else "no pair"
+    return f"ours ± {half_width(paired):.2g} (paired t, 95%)"
 
 
 def _spread(values: Iterable[float], quantity: str) -> dict:
-    """Mean and range, and the quantity's decimals, as fields of a Row."""
-    values = list(values)
+    """Mean and range of those that are numbers, and the quantity's decimals, as fields of a Row."""
+    values = list(filter(math.isfinite, values))
+    if not values:
+        return {"ours": None, "digits": QUANTITIES[quantity][1]}
     return {"ours": statistics.fmean(values), "digits": QUANTITIES[quantity][1], "parts": _parts(values),
             "least": float(min(values)), "greatest": float(max(values))}
 
@@ -330,7 +365,14 @@ def _parts(values: list):
 
 
 def _seeds(figures: Mapping[int, float]) -> str:
-    return f"mean of {len(figures)} seeds" if len(figures) > 1 else "one seed"
+    ended = sum(map(math.isfinite, figures.values()))
+    return ("no seed" if not ended else f"mean of {ended} seeds" if ended > 1 else "one seed") + _lost("it", figures)
+
+
+def _lost(arm: str, figures: Mapping[int, float]) -> str:
+    """Which seeds of an arm diverged, as the end of a sentence; nothing where none did."""
+    seeds = [str(seed) for seed, figure in figures.items() if not math.isfinite(figure)]
+    return f"; {arm} diverged in seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}" if seeds else ""
 
 
 def provenance(command: str, runs: list[Run], found: dict) -> dict:
@@ -349,7 +391,9 @@ def provenance(command: str, runs: list[Run], found: dict) -> dict:
 
 def draw(axes, table: list[Row]) -> None:
     """The differences of the table's first claims' quantity, with their ranges over seeds, by size."""
-    claims = [row for row in table if row.verdict]
+    claims = [row for row in table if row.verdict and row.ours is not None]
+    if not claims:  # every seed of every claim diverged
+        return
     chosen = [row for row in claims if row.unit == claims[0].unit]
     labels = list(dict.fromkeys(row.what.split(": ", 1)[1] for row in chosen))
     series: dict = {}

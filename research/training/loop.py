@@ -17,7 +17,7 @@ from research.accounting import flops, memory, parameters
 from research.command import Stopped
 from research.data.pipeline import load_corpus
 from research.data.tokenizer import Tokenizer
-from research.errors import RequestError, RunError
+from research.errors import Diverged, RequestError, RunError
 from research.model.build import check_implementations, make_model
 from research.parallel import hosts
 from research.parallel.mesh import make_mesh
@@ -101,7 +101,7 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
             clock.seconds["train"] += seconds
             tokens += size
             if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-                raise RunError(f"step {done}: loss is {metrics['loss']}, gradient norm {metrics['grad_norm']}; "
+                raise Diverged(done, f"loss is {metrics['loss']}, gradient norm {metrics['grad_norm']}; "
                                + safe(checkpoints))
             speed = size / seconds
             log.write({"step": done, "split": "train"} | metrics | {

@@ -1,13 +1,14 @@
 """Tables of trained models: what is trained, what is taken as it is, and how differences are judged."""
 
 import json
+import math
 import re
 import shutil
 
 import pytest
 
 from research import command
-from research.errors import RequestError, RunError
+from research.errors import Diverged, RequestError, RunError
 from research.tables import __main__ as main
 from research.tables import runner, study
 from research.tables.study import NOISE, NOT, ONE, REPRODUCED, Claim, Study
@@ -90,7 +91,10 @@ def test_a_stopped_run_is_gone_on_with_and_a_failed_one_is_named(tmp_path, monke
     ([-0.02, 0.03, -0.02], -0.001, NOISE), ([-0.02, -0.001, -0.03], -0.001, NOISE),  # one sign
     ([0.02, 0.021, 0.019], 0.0, NOT), ([0.02, -0.03, 0.01], 0.0, NOISE),
     ([0.02, 0.021, 0.019], None, "higher"), ([-0.02, -0.021, -0.019], None, "lower"), ([0.02, -0.02], None, NOISE),
-    ([0.02], 0.01, ONE)])
+    ([0.02], 0.01, ONE), (3 * [math.inf], 1.0, REPRODUCED), (3 * [math.inf], -0.01, NOT),
+    (3 * [-math.inf], None, "lower"),
+    ([0.02, math.inf, 0.02], 1.0, study.DIVERGED), ([math.nan, math.inf, math.inf], 1.0, study.DIVERGED),
+    ([-math.inf, math.inf, math.inf], 1.0, study.DIVERGED), ([math.inf], 1.0, ONE)])
 def test_directions_are_judged_by_the_paired_interval(paired, paper, said):
     assert study.verdict(paired, paper) == said
 
@@ -119,6 +123,42 @@ def test_differences_are_of_equal_seeds_and_sizes_without_all_runs_are_left_out(
     assert made.pop("commit") != "abc"  # of the table
     assert made == {"command": "c", "trained_at": "abc", "jax": "0", "machine": "some EPYC", "seeds": [0, 1, 2],
                     "not_run": ["mini"]}
+
+
+def test_a_run_that_diverges_is_a_result(tmp_path, monkeypatch):
+    """It is not trained again; its loss is beyond the others, its other figures are none."""
+    planned = study.plan(PAIR, ["micro"], [0, 1, 2], (), tmp_path)
+    lost = {("depth_1", 0), ("depth_1", 1), ("depth_1", 2)}
+
+    def train(settings, workdir):
+        run = next(run for run in planned if run.workdir == workdir)
+        recorded(run, 2.0)
+        if (run.arm, run.seed) in lost:
+            shutil.rmtree(workdir / "checkpoints")
+            (workdir / "metrics.jsonl").write_text('{"step": 1, "split": "train", "load_violation": 1.0}\n')
+            raise Diverged(2, "loss is nan")
+
+    monkeypatch.setattr(loop, "train", train)
+    study.train(planned)
+    assert runs.lines(planned[1].workdir)[-1] == {"step": 2, "split": "diverged"}
+    monkeypatch.setattr(loop, "train", None)
+    study.train(planned)
+    *arms, claim = study.rows(PAIR, study.measure(PAIR, planned))
+    shown = {(row.what, row.unit): (row.ours, row.how) for row in arms}
+    nothing = None, "no seed; it diverged in seeds 0, 1, 2"
+    assert shown["micro: depth_1", "bits per byte"] == nothing == shown["micro: depth_1", "MaxVio of a batch"]
+    assert shown["micro: depth_0", "bits per byte"] == (2.0, "mean of 3 seeds")
+    assert (claim.ours, claim.verdict) == (None, NOT)  # the paper has it lower
+    assert claim.how == "here; no pair; depth_1 diverged in seeds 0, 1, 2"
+    assert "Infinity" not in json.dumps([row.to_json() for row in [*arms, claim]]) and claim.cells()[1] == ""
+    study.draw(None, [claim])  # nothing that could be drawn
+
+    (planned[1].workdir / "metrics.jsonl").unlink()
+    shutil.rmtree(planned[1].workdir)
+    recorded(planned[1], 1.5)
+    *arms, claim = study.rows(PAIR, study.measure(PAIR, planned))
+    assert (claim.ours, claim.verdict) == (-0.5, study.DIVERGED)
+    assert claim.how == "here; one pair; depth_1 diverged in seeds 1, 2"
 
 
 @pytest.mark.parametrize("name", TRAINED)

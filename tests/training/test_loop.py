@@ -17,7 +17,7 @@ from research import config
 from research.command import Stopped
 from research.data.pipeline import load_corpus
 from research.decoding.generate import Decoder
-from research.errors import RequestError, RunError
+from research.errors import Diverged, RequestError, RunError
 from research.training import loop
 from research.training.checkpoint import MANIFEST, seal
 from research.training.workdir import owned, write_files
@@ -292,8 +292,10 @@ def test_a_loss_or_gradient_that_is_no_number_ends_the_run(name, value, killed, 
         return plain(metrics) | ({name: float(value)} if len(calls) == 8 else {})
 
     monkeypatch.setattr(loop, "to_plain", broken)
-    with pytest.raises(RunError, match=rf"^step 8: .*\b{value}\b.*; the last good checkpoint is .*/checkpoints/6$"):
+    said = rf"^step 8: .*\b{value}\b.*; the last good checkpoint is .*/checkpoints/6$"
+    with pytest.raises(Diverged, match=said) as found:
         loop.train(runs.settings_of(killed[0] / "cache", **FIELDS), tmp_path / "run")
+    assert found.value.step == 8
     assert runs.lines(tmp_path / "run")[-1]["step"] == 7 and steps(tmp_path / "run") == [3, 6]
 
 

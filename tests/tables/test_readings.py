@@ -180,6 +180,11 @@ def test_a_reading_is_made_once_and_again_after_another_training(tmp_path, monke
     study._empty(planned[0].workdir)
     kind.train(planned)
     assert calls == ["base", "untrained"] * 2
+    with (planned[1].workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "split": "diverged"}\n')
+    (planned[1].workdir / "needles.json").unlink()
+    kind.train(planned)  # there is nothing to read off it
+    assert calls == ["base", "untrained"] * 2 and kind.lines_of(planned[1]) == study.lines_of(planned[1])
 
 
 def test_figures_of_readings():

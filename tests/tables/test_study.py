@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -143,7 +144,9 @@ def test_a_run_that_diverges_is_a_result(tmp_path, monkeypatch):
     assert runs.lines(planned[1].workdir)[-1] == {"step": 2, "split": "diverged"}
     monkeypatch.setattr(loop, "train", None)
     study.train(planned)
-    *arms, claim = study.rows(PAIR, study.measure(PAIR, planned))
+    both = replace(PAIR, claims=(Claim("MaxVio", "depth_1", "depth_0", 1.0, "there"), *PAIR.claims))
+    *arms, violation, claim = study.rows(both, study.measure(both, planned))
+    assert (violation.ours, violation.verdict) == (None, study.DIVERGED)  # of no loss it says nothing
     shown = {(row.what, row.unit): (row.ours, row.how) for row in arms}
     nothing = None, "no seed; it diverged in seeds 0, 1, 2"
     assert shown["micro: depth_1", "bits per byte"] == nothing == shown["micro: depth_1", "MaxVio of a batch"]

@@ -187,6 +187,15 @@ def test_a_reading_is_made_once_and_again_after_another_training(tmp_path, monke
     assert calls == ["base", "untrained"] * 2 and kind.lines_of(planned[1]) == study.lines_of(planned[1])
 
 
+def test_what_would_start_from_a_diverged_run_is_named(tmp_path):
+    planned = study.plan(PAIR, ["micro"], [0], (), tmp_path)
+    recorded(planned[0], 2.0)
+    with (planned[0].workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "split": "diverged"}\n')
+    with pytest.raises(RunError, match=r"^untrained-0 \(micro\): it starts from base-0 \(micro\), which diverged$"):
+        study.train(planned)
+
+
 def test_figures_of_readings():
     def figure(quantity, name):
         return QUANTITIES[quantity][0](None, [{"split": "train"}, {"split": name} | FOUND[name]])

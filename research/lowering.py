@@ -1,8 +1,8 @@
 """The program of a training step for GPUs that are not here: `python -m research.lowering --config=FILE`.
 
 The step of the config's mesh is traced and lowered for CUDA as it would be for so many H200: nothing is allocated, and
-neither a GPU nor its packages are needed. Printed: how long that takes, the program's lines, the calls of our own
-kernels and how many differ, the exchanges that the model itself asks for (XLA adds those of the shardings when it
+neither a GPU nor its packages are needed. Printed: how long that takes, the program's lines, our own kernels in its
+text and how many of them differ, the exchanges that the model itself asks for (XLA adds those of the shardings when it
 compiles), and the bytes of a device beside the account's. --compile also compiles it, for one GPU, in the environment
 of `make aot`; what XLA chooses by trial is left to the GPU. Attention is plain XLA's: cuDNN's asks for the library.
 
@@ -83,7 +83,7 @@ def lowered(settings, compiles: bool = False) -> dict:
         "mesh": dict(mesh.shape) if mesh else {},
         "seconds": seconds,
         "lines": lines.count("\n"),
-        "kernels": {"calls": len(kernels), "different": len(set(kernels))},
+        "kernels": {"in_text": len(kernels), "different": len(set(kernels))},
         "exchanges": dict(Counter("".join(found) for found in EXCHANGE.findall(lines))),
         "held": {name: sum(map(bytes_of, jax.tree.leaves(part))) for name, part in state.items()},
         "taken": taken and (taken.argument_size_in_bytes + taken.output_size_in_bytes - taken.alias_size_in_bytes
@@ -100,7 +100,7 @@ def text(found: dict) -> str:
         f"{found['devices']:,} H200{f': {mesh}' if mesh else ''}",
         f"program     {found['lines']:,} lines of StableHLO, "
         + ", ".join(f"{name} in {seconds:.0f} s" for name, seconds in found["seconds"].items()),
-        f"kernels     {found['kernels']['calls']} of our own in it, {found['kernels']['different']} different",
+        f"kernels     {found['kernels']['in_text']} of our own in it, {found['kernels']['different']} different",
         "exchanges   " + (", ".join(f"{n} {name}" for name, n in sorted(found["exchanges"].items())) or "none"),
         "a device    " + ", ".join(f"{name} {size / 1e9:,.1f} GB" for name, size in held.items())
         + f": {sum(found['held'].values()) / 1e9:,.1f} GB of the state",

@@ -72,7 +72,7 @@ def bars(axes, labels: list[str], series: dict[str, list[float | None]], quantit
         axes.set_xscale("log")
         axes.set_xlim(min(shown) / 2, max(shown) * 4)
     else:
-        axes.set_xlim(0, max(shown) * 1.18 or 1)
+        axes.set_xlim(0, max(shown, default=0) * 1.18 or 1)
     axes.set_xlabel(quantity)
     axes.legend(handles=[Patch(edgecolor="black", facecolor=look["color"], hatch=look.get("hatch"), label=name)
                          for name, look in zip(series, BARS, strict=False)],

@@ -163,6 +163,12 @@ def test_a_run_that_goes_on_is_shown_as_far_as_it_got(tmp_path, capsys):
     assert all(notice in shown.of("p") for notice in notices) and any("samples.md is not" in p for p in shown.of("p"))
     assert shown.of("strong") == [title for title in TITLES if not re.search("held out|time|each expert", title)]
 
+    whole = (path / "metrics.jsonl").read_text().rpartition("\n")[0]
+    (path / "metrics.jsonl").write_text(whole + '\n{"step": 3, "split": "diverged"}\n')
+    assert make(f"--workdir={path}") == 0
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "Diverged: at step 3 of 4 the loss or its gradient was no number any more.")
+
 
 def test_odd_values_and_files_are_left_out(tmp_path):
     path = workdir(tmp_path / "run", steps=0, whole=False)

@@ -23,7 +23,7 @@ def make_mesh(settings, devices=None) -> Mesh | None:
     Without a mesh everything is as it is on one device: no array is placed and no collective compiled. RequestError
     names what does not fit.
     """
-    sizes, devices = sizes_of(settings), devices or jax.devices()
+    sizes, devices = _sizes(settings), devices or jax.devices()
     needed = math.prod(sizes.values())
     product = " * ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1) or "mesh.data=1"
     if hosts.several() and needed != len(devices):
@@ -41,21 +41,21 @@ def make_mesh(settings, devices=None) -> Mesh | None:
 def abstract_mesh(settings) -> AbstractMesh | None:
     """The mesh of `settings.mesh` over as many H200 as it takes, which are nowhere: to trace and lower a program for
     them. None and RequestError as from `make_mesh`."""
-    sizes = sizes_of(settings)
+    sizes = _sizes(settings)
     if math.prod(sizes.values()) == 1:
         return None
     _check(settings)
     return AbstractMesh(tuple(sizes.values()), AXES, axis_types=TYPES, abstract_device=H200)
 
 
-def sizes_of(settings) -> dict[str, int]:
+def _sizes(settings) -> dict[str, int]:
     """{axis: its size}."""
     return {axis: settings.mesh[axis] for axis in AXES}
 
 
 def _check(settings) -> None:
     """RequestError for what the program over a mesh cannot do, whatever the devices."""
-    sizes = sizes_of(settings)
+    sizes = _sizes(settings)
     pipeline.check(settings)
     if RECIPES[settings.precision.recipe].quantized:
         raise RequestError.field("precision.recipe", settings.precision.recipe, "runs on one device: a mesh of "

@@ -73,12 +73,17 @@ def check_shapes(shapes, sizes: dict[str, int]) -> None:
 
 
 def spread(axes: tuple, shape: tuple, mesh: Mesh) -> tuple:
-    """The axes with the others that hold copies beside `fsdp`, where the dimension divides: `data`, and for what is no
-    routed expert's `expert`."""
-    beside = ("fsdp", "data") if "expert" in axes else ("fsdp", "data", "expert")
-    n = math.prod(mesh.shape[axis] for axis in beside)
-    return tuple(beside if axis == "fsdp" and not length % n else axis
-                 for axis, length in zip(axes, shape, strict=True))
+    """The axes with others that hold copies beside `fsdp`, `data` and for what is no routed expert's `expert`: those
+    that divide the dimension into the most parts."""
+    beside = [("fsdp", "data")]
+    if "expert" not in axes:
+        beside += [("fsdp", "expert"), ("fsdp", "data", "expert")]
+
+    def parts(names):
+        return math.prod(mesh.shape[name] for name in names)
+
+    return tuple(max((names for names in beside if not length % parts(names)), key=parts, default=axis)
+                 if axis == "fsdp" else axis for axis, length in zip(axes, shape, strict=True))
 
 
 def shardings(mesh: Mesh, state) -> Shardings:

@@ -7,7 +7,7 @@ from pathlib import Path
 from experiments import base
 from research.errors import RequestError
 from research.experiment import flatten
-from research.training.metrics import PHASES, read_lines
+from research.training.metrics import DIVERGED, PHASES, read_lines
 
 LARGEST = 1e300  # of what counts as a number; JSON may hold wholes that are no float
 
@@ -49,8 +49,10 @@ def read(workdir: Path) -> Run:
         raise RequestError(f"{path} holds no whole line: there is nothing to report before the first step")
     train, validation = ([line for line in lines if line["split"] == split] for split in ("train", "validation"))
     steps, notices = fields["training.steps"], []
-    done = lines[-1]["step"]
-    if done < steps:
+    done, ending = lines[-1]["step"], lines[-1]["split"]
+    if ending == DIVERGED:
+        notices.append(f"Diverged: at step {done:,} of {steps:,} the loss or its gradient was no number any more.")
+    elif done < steps:
         notices.append(f"Not finished: {done:,} of {steps:,} steps are logged. It may still run; "
                        "the same command makes this page anew.")
     elif not any(line["step"] >= steps for line in validation):

@@ -3,8 +3,8 @@
 A run is research.main's own training into `runs/tables/EXPERIMENT/SIZE/ARM-SEED`, which tables of one experiment share.
 A killed one goes on at its newest checkpoint; a finished one is taken as it is, unless its resolved config has changed:
 then it is trained again, and so is what started from it. One whose loss stops being a number is finished too: that it
-diverged is a result. Losses of models of other sizes on other text are no figures
-to compare, so a table's verdicts are on the paper's directions: the differences between two arms, of one seed each.
+diverged is a result. Losses of models of other sizes on other text are no figures to compare, so a table's verdicts are
+on the paper's directions: the differences between two arms, of one seed each.
 """
 
 import json
@@ -26,13 +26,12 @@ from research.errors import Diverged, RequestError, RunError
 from research.files import write_whole
 from research.tables.quantities import QUANTITIES, Pictured, vocabulary
 from research.tables.runner import ROOT, Row, machine
-from research.training.metrics import read_lines
+from research.training.metrics import DIVERGED, read_lines
 
 SIZES = {"cpu": ("micro", "mini"), "gpu": ("gpu",)}  # of experiments/nano.py
 CONFIDENCE = 0.95
 REPRODUCED, NOT, NOISE = "reproduced", "not reproduced", "within noise"
 ONE = "one seed, no verdict"
-DIVERGED = "diverged"  # the split of such a run's last line; the verdict where some of the seeds did
 LOSSES = ("validation loss", "bits per byte")  # of a diverged run they are beyond any other
 
 
@@ -188,6 +187,7 @@ def _train(run: Run) -> None:
     import jax
 
     from research.training import loop
+    from research.training.workdir import owned
 
     if (run.workdir / "config.json").exists():
         try:
@@ -201,7 +201,7 @@ def _train(run: Run) -> None:
         loop.train(run.settings, run.workdir)
     except Diverged as error:
         logging.warning("%s: %s", run, error)
-        with (run.workdir / "metrics.jsonl").open("a") as file:
+        with owned(run.workdir), (run.workdir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": error.step, "split": DIVERGED}) + "\n")
     except RunError as error:
         raise RunError(f"{run}: {error}") from error

@@ -72,8 +72,8 @@ KIND = Reading("domains", read)
 def draw(axes, rows: list) -> None:
     """Relative load by domain and expert, loss-free beside the loss, of the largest size."""
     size = rows[-1].what.split(": ")[0]
-    loads = {arm: next(row.parts for row in rows if row.what == f"{size}: {arm}") for arm in (FREE, LOSS)}
-    largest = max(load for of_arm in loads.values() for load in np.ravel(list(of_arm.values())))
+    loads = {arm: row.parts for arm in (FREE, LOSS) for row in rows if row.what == f"{size}: {arm}" and row.parts}
+    largest = max((load for of_arm in loads.values() for load in np.ravel(list(of_arm.values()))), default=1.0)
     axes.set_axis_off()
     for place, (arm, of_arm) in enumerate(loads.items()):
         panel = axes.inset_axes((place / 2, 0.12, 0.46, 0.82))

@@ -81,7 +81,9 @@ def draw(axes, rows: list) -> None:
     axes.set_axis_off()
     for place, (arm, name) in enumerate(SHOWN.items()):
         shares = [row.parts for n in TIMES for row in rows
-                  if (row.what, row.unit) == (f"{size}: {arm}", f"found at {n} T, %")]
+                  if (row.what, row.unit) == (f"{size}: {arm}", f"found at {n} T, %") and row.parts]
+        if not shares:  # it diverged in every seed
+            continue
         panel = axes.inset_axes((place / len(SHOWN), 0.12, 0.9 / len(SHOWN), 0.82))
         plots.ink(panel, np.transpose(shares).tolist(), [f"{depth:.0%}" if not place else "" for depth in DEPTHS],
                   [f"{n} T" for n in TIMES], "" if place else "depth", "context", "", 100, 0)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from research.files import write_whole
 
 PHASES = ("compile", "train", "data", "evaluate", "save")
+DIVERGED = "diverged"  # the split of the last line of a run of a table whose loss stopped being a number
 
 
 class Clock:

@@ -10,6 +10,7 @@ from tests.training import runs
 
 NANO = "--config=experiments/nano.py:smoke"
 
+
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch):
     monkeypatch.chdir(runs.ROOT)
@@ -30,13 +31,13 @@ def test_a_device_holds_what_the_account_says(mesh):
     assert found["held"]["optimizer"] == pytest.approx(account["moments"], rel=0.05)
     travels = "ragged_all_to_all" in found["exchanges"]
     assert travels == ("expert" in mesh)
-    assert found["kernels"] == {"calls": 0, "different": 0}
+    assert found["kernels"] == {"in_text": 0, "different": 0}
 
 
 def test_what_is_printed_and_refused(capsys, monkeypatch):
     given = {
         "devices": 2048, "mesh": {"pipeline": 2, "data": 16, "fsdp": 1, "expert": 64, "tensor": 1}, "lines": 27933,
-        "seconds": {"traced": 12.4, "lowered": 6.0}, "kernels": {"calls": 3, "different": 2},
+        "seconds": {"traced": 12.4, "lowered": 6.0}, "kernels": {"in_text": 3, "different": 2},
         "exchanges": {"all_reduce": 50, "all_gather": 3}, "held": {"params": 63.9e9, "step": 4, "ema": 8.6e9},
         "taken": None, "account": 164.1e9}
     monkeypatch.setattr(lowering, "lowered", lambda settings, compiles: given)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from research.errors import RequestError
 from research.model.build import make_model
 from research.parallel.mesh import make_mesh
-from research.parallel.rules import axes_of
+from research.parallel.rules import AXES, axes_of, spread
 from research.training.step import make_train_step
 from tests import tiny
 from tests.parallel.meshes import FIELDS, IN_PIECES, MESHES, PIPELINES, STEPS
@@ -73,7 +74,7 @@ def test_the_state_after_several_steps_is_that_of_one_device(found, mesh):
 
 def gathers(program: str) -> list[tuple[tuple[int, ...], str]]:
     """Of every array that a compiled program gathers its dimensions, and which operation of ours asks for it."""
-    found = re.findall(r"= ([^=]*?) all-gather(?:-start)?\(.*?op_name=\"([^\"]*)\"", program)
+    found = re.findall(r"= ([^=\n]*?) all-gather(?:-start)?\((?:.*?op_name=\"([^\"]*)\")?", program)
     return [(tuple(map(int, sizes.split(","))), name) for shapes, name in found
             for sizes in re.findall(r"\[([\d,]+)\]\{", shapes)]
 
@@ -118,6 +119,19 @@ def test_a_device_holds_its_share(found):
     assert found["pipeline and expert"]["held"][experts] == [2, 2, 16, 40]
     assert found["pipeline and expert"]["held"]["lm_head"] == [16, 32]  # and all else is on every stage
     assert found["pipeline and expert"]["held"]["dense_layers/mlp/gate_proj/kernel"] == [1, 16, 24]
+
+
+def test_moments_are_split_as_far_as_a_dimension_divides():
+    mesh = AbstractMesh((1, 4, 2, 8, 2), AXES)  # pipeline, data, fsdp, expert, tensor
+
+    def split(length, axes=("fsdp", "tensor")):
+        return spread(axes, (3,) * (len(axes) - 2) + (length, 5), mesh)
+
+    assert split(64) == (("fsdp", "data", "expert"), "tensor")
+    assert split(16) == (("fsdp", "expert"), "tensor") and split(8) == (("fsdp", "data"), "tensor")
+    assert split(6) == ("fsdp", "tensor")
+    assert split(64, ("expert", "fsdp", "tensor")) == ("expert", ("fsdp", "data"), "tensor")
+    assert split(6, ("expert", "fsdp", "tensor")) == ("expert", "fsdp", "tensor")
 
 
 def test_a_checkpoint_goes_on_on_another_mesh(found):

@@ -297,3 +297,10 @@ def test_every_table_that_reads_can_be_judged_and_shown(name, tmp_path, monkeypa
     found = json.loads((folder / f"{name}.json").read_text())["rows"]["cpu"]
     assert any("parts" in row for row in found) == (name != "mtp_decode")
     assert (folder / f"{name}.png").read_bytes().startswith(PNG)
+
+    for path in tmp_path.glob("*/micro/*/metrics.jsonl"):
+        path.write_text(path.read_text() + '{"step": 3, "split": "diverged"}\n')
+    assert answer(f"--table={name}", "--scale=cpu", "--sizes=micro", "--seeds=0,1", f"--runs={tmp_path}",
+                  f"--folder={folder}") == 0
+    assert re.match(rf"{name} +\d+ diverged: ", capsys.readouterr().out)
+    assert "no seed; it diverged in seeds 0, 1" in (folder / f"{name}.md").read_text()

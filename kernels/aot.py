@@ -43,7 +43,7 @@ class Kernel(NamedTuple):
 
 
 @functools.cache
-def h200():
+def _h200():
     """The sharding of arrays on an H200 that is not there. Unavailable without the packages of requirements-gpu.txt."""
     import jax
     from jax._src import xla_bridge
@@ -64,6 +64,14 @@ def h200():
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
+def on_h200(arguments):
+    """Their shapes and dtypes, as they would lie on that H200; Unavailable as from `_h200`."""
+    import jax
+
+    sharding = _h200()
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
+
+
 def compile_for_h200(function: Callable, *arguments):
     """`function`, jitted or not, compiled for one H200 at these arguments (pytrees of arrays or ShapeDtypeStructs).
 
@@ -75,8 +83,7 @@ def compile_for_h200(function: Callable, *arguments):
 
     from kernels.choice import meant_for_h200
 
-    sharding = h200()
-    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
+    arguments = on_h200(arguments)
     jitted = function if hasattr(function, "lower") else jax.jit(function)
     with meant_for_h200():
         return jitted.lower(*arguments).compile()
@@ -159,7 +166,7 @@ def main() -> None:
 
     chosen = OPERATIONS if _OP.value is None else {_OP.value: OPERATIONS[command.one_of("op", _OP.value, OPERATIONS)]}
     try:
-        h200()
+        _h200()
     except Unavailable as error:
         raise RequestError(str(error)) from None
     print(f"{'operation':<25}{'shape':<20}{'registers':>10}{'spills':>8}{'shared':>9}{'wgmma':>7}{'seconds':>9}  tiles")

@@ -37,31 +37,26 @@ def lowered(settings, compiles: bool = False) -> dict:
     compiles: for one device; RequestError for a mesh of more, and without the packages of requirements-gpu.txt.
     """
     import jax
-    import jax.numpy as jnp
 
     from kernels import aot
     from kernels.choice import meant_for_h200
     from research.accounting import memory
     from research.model.build import make_model
     from research.parallel.mesh import abstract_mesh
-    from research.training.step import abstract_state, make_train_step
+    from research.training.step import abstract_batch, abstract_state, make_train_step
 
     mesh, plain = abstract_mesh(settings), memory.with_plain_attention(settings)
     if compiles and mesh:
         raise RequestError(f"--compile is for one device: the config's mesh has {mesh.size}")
     model = make_model(plain, mesh)
     start, state = time.perf_counter(), abstract_state(model, plain)
-    shape = plain.training.batch_size, plain.data.sequence_length
-    batch = {f"{name}_BT": jax.ShapeDtypeStruct(shape, jnp.int32)
-             for name in ("tokens", "targets", "segments", "positions")}
-    arguments = state, batch | {"mask_BT": jax.ShapeDtypeStruct(shape, bool)}
+    arguments = state, abstract_batch(plain.training.batch_size, plain.data.sequence_length)
     platforms: tuple[str, ...] | None = ("cuda",)
     if compiles:
         try:
-            place, platforms = aot.h200(), None  # the arguments' own
+            arguments, platforms = aot.on_h200(arguments), None  # the arguments' own
         except aot.Unavailable as error:
             raise RequestError(f"--compile: {error}") from None
-        arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
     seconds, taken = {}, None
     with jax.sharding.use_abstract_mesh(mesh) if mesh else meant_for_h200():
         traced = make_train_step(model, plain).trace(*arguments)

@@ -4,7 +4,6 @@ import re
 import sys
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from experiments import base
@@ -12,7 +11,7 @@ from research import config, experiment
 from research.accounting import flops, parameters
 from research.errors import RequestError
 from research.model.build import make_model
-from research.training.step import abstract_state, make_train_step
+from research.training.step import abstract_batch, abstract_state, make_train_step
 from tests.training import runs
 
 FILES = sorted(path.relative_to(runs.ROOT).as_posix() for path in (runs.ROOT / "experiments").glob("[!_]*.py")
@@ -124,10 +123,7 @@ def test_the_step_of_a_smoke_is_traced(file):
     settings = config.check(load(file, "smoke")).with_vocabulary(262)
     model = make_model(settings)
     state = abstract_state(model, settings)
-    shape = settings.training.batch_size, settings.data.sequence_length
-    batch = {f"{name}_BT": jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "targets", "segments",
-                                                                              "positions")}
-    batch["mask_BT"] = jax.ShapeDtypeStruct(shape, bool)
+    batch = abstract_batch(settings.training.batch_size, settings.data.sequence_length)
     after, metrics = jax.eval_shape(make_train_step(model, settings), state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert metrics["mtp_loss"].shape == (settings.mtp.num_nextn_predict_layers,)

@@ -27,7 +27,7 @@ from research.parallel import pipeline
 from research.precision.quantize import weight
 from research.precision.recipe import RECIPES
 from research.training.optimizer import make_optimizer
-from research.training.step import loss_of
+from research.training.step import abstract_batch, loss_of
 
 FLAGS = flags.FlagValues()
 _CONFIG = flags.DEFINE_string("config", None, "The experiment: FILE.py or FILE.py:arm.", FLAGS)
@@ -81,15 +81,12 @@ def of_model(settings, tokens: int) -> list[jax.ShapeDtypeStruct]:
     """What is kept of so many tokens, in rows of the config's length, by the whole model with its losses."""
     model, rows = make_model(settings), tokens // settings.data.sequence_length
     variables = variable_shapes(model, settings)
-    ids_BT = jax.ShapeDtypeStruct((rows, settings.data.sequence_length), jnp.int32)
-    batch = {name: ids_BT for name in ("tokens_BT", "targets_BT", "segments_BT", "positions_BT")}
-    batch["mask_BT"] = jax.ShapeDtypeStruct(ids_BT.shape, bool)
 
     def loss(params, variables, batch):
         trained = {"params": params, "amax": variables["amax"]}
         return loss_of(trained, variables["routing"], batch, 1.0, 1, 1.0, model, settings)[0]
 
-    return kept_by(loss, variables["params"], variables, batch)
+    return kept_by(loss, variables["params"], variables, abstract_batch(rows, settings.data.sequence_length))
 
 
 def bytes_of(leaves) -> int:

@@ -40,6 +40,13 @@ def abstract_state(model: Transformer, settings):
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, over.state)
 
 
+def abstract_batch(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a batch of so many rows."""
+    ids_BT = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    names = "tokens_BT", "targets_BT", "segments_BT", "positions_BT"
+    return dict.fromkeys(names, ids_BT) | {"mask_BT": jax.ShapeDtypeStruct(ids_BT.shape, bool)}
+
+
 def shardings_of(model: Transformer, settings) -> Shardings | None:
     """Of a step's arguments and results, by the model's mesh; None on one device."""
     mesh = model.products.mesh

@@ -1,7 +1,5 @@
 """FLOPs a token: the papers' printed digits, and what a compiled program says that it executes."""
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from research.accounting import flops
@@ -9,7 +7,7 @@ from research.accounting.request import settings_of
 from research.model.transformer import Transformer
 from research.precision.products import Products
 from research.precision.recipe import RECIPES
-from research.training.step import abstract_state, make_train_step
+from research.training.step import abstract_batch, abstract_state, make_train_step
 
 
 def giga(argument: str, *fields: str) -> dict[str, float]:
@@ -49,9 +47,7 @@ def test_executed_is_what_an_unrolled_dense_dispatch_build_executes(argument, fi
 
 def batch_of(settings) -> dict:
     """Shapes of a batch."""
-    ids_BT = jax.ShapeDtypeStruct((settings.training.batch_size, settings.data.sequence_length), jnp.int32)
-    names = ("tokens_BT", "targets_BT", "segments_BT", "positions_BT")
-    return dict.fromkeys(names, ids_BT) | {"mask_BT": jax.ShapeDtypeStruct(ids_BT.shape, bool)}
+    return abstract_batch(settings.training.batch_size, settings.data.sequence_length)
 
 
 def test_decoding_attends_in_the_space_of_latents():

@@ -54,7 +54,7 @@ def compiler(monkeypatch, tmp_path):
     """A table of two operations, and what compiling each gives: change it by (rows, columns)."""
     monkeypatch.setattr(operations, "OPERATIONS", {"product": PRODUCT, "quantizer": QUANTIZER})
     monkeypatch.setattr(aot, "RESULT", tmp_path / "aot_result.json")
-    monkeypatch.setattr(aot, "h200", lambda: None)
+    monkeypatch.setattr(aot, "_h200", lambda: None)
     gives = {(8, 16): [GOOD], (8, 32): [GOOD], (4, 4): [GOOD._replace(fp8_instructions=0)]}
 
     def kernels_of(function, x):
@@ -87,7 +87,7 @@ def test_without_the_cuda_packages_one_line_says_so(monkeypatch, tmp_path, capsy
 
     monkeypatch.setattr(topologies, "get_topology_desc", absent)
     monkeypatch.setattr(aot, "RESULT", tmp_path / "aot_result.json")
-    aot.h200.cache_clear()
+    aot._h200.cache_clear()
     assert run() == 2
     said, = capsys.readouterr().err.splitlines()
     assert said.startswith("error: no CUDA compiler here: `make aot` makes an environment with jax[cuda13]")

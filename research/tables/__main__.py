@@ -62,7 +62,7 @@ def main() -> None:
 
 def trained(tables: dict, seeds: tuple[int, ...] | None, folder: Path) -> None:
     """Trains what the tables miss and writes them, one after another; every run is checked before the first."""
-    from research.tables import runner, study
+    from research.tables import judgement, runner, study
 
     scale, kinds = _SCALE.value, {name: runner.kind(table) for name, table in tables.items()}
     known = list(dict.fromkeys(size for kind in kinds.values() for size in kind.SIZES[scale]))
@@ -78,7 +78,7 @@ def trained(tables: dict, seeds: tuple[int, ...] | None, folder: Path) -> None:
     for name, runs in plans.items():
         kinds[name].train([run for run in runs if run.size in sizes])
         figures = study.measure(tables[name].STUDY, runs, kinds[name].lines_of)
-        rows = study.rows(tables[name].STUDY, figures)
+        rows = judgement.rows(tables[name].STUDY, figures)
         made = study.provenance(" ".join([f"python -m research.tables --table={name} --scale={scale}", *words]), runs,
                                 figures)
         runner.write(name, scale, rows, made, folder)

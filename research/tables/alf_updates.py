@@ -2,7 +2,8 @@
 
 import math
 
-from research.tables.study import Claim, Study, draw
+from research.tables.judgement import draw
+from research.tables.study import Claim, Study
 
 __all__ = ["draw"]
 

@@ -1,6 +1,7 @@
 """DeepSeekMoE's Table 1 and §4.4-4.5: dense, few large experts, many small ones, with and without shared ones."""
 
-from research.tables.study import Claim, Study, draw
+from research.tables.judgement import draw
+from research.tables.study import Claim, Study
 
 __all__ = ["draw"]
 

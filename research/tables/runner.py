@@ -21,7 +21,7 @@ from research.errors import RequestError
 from research.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
-INFRASTRUCTURE = ("__main__", "pipelines", "quantities", "readings", "runner", "study")
+INFRASTRUCTURE = ("__main__", "judgement", "pipelines", "quantities", "readings", "runner", "study")
 SCALES = ("analytic", "cpu", "gpu")
 
 

@@ -1,16 +1,14 @@
-"""What a table of trained models is made of: arms x sizes x seeds of an experiment, trained, measured and judged.
+"""What a table of trained models is made of: arms x sizes x seeds of an experiment, trained and measured.
 
 A run is research.main's own training into `runs/tables/EXPERIMENT/SIZE/ARM-SEED`, which tables of one experiment share.
 A killed one goes on at its newest checkpoint; a finished one is taken as it is, unless its resolved config has changed:
 then it is trained again, and so is what started from it. One whose loss stops being a number is finished too: that it
-diverged is a result. Losses of models of other sizes on other text are no figures to compare, so a table's verdicts are
-on the paper's directions: the differences between two arms, of one seed each.
+diverged is a result.
 """
 
 import json
 import math
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -20,18 +18,15 @@ from pathlib import Path
 from absl import logging
 from tqdm import tqdm
 
-from research import config, experiment, plots
+from research import config, experiment
 from research.environment import commit
 from research.errors import Diverged, RequestError, RunError
 from research.files import write_whole
-from research.tables.quantities import QUANTITIES, Pictured, vocabulary
-from research.tables.runner import ROOT, Row, machine
+from research.tables.quantities import QUANTITIES, vocabulary
+from research.tables.runner import ROOT, machine
 from research.training.metrics import DIVERGED, read_lines
 
 SIZES = {"cpu": ("micro", "mini"), "gpu": ("gpu",)}  # of experiments/nano.py
-CONFIDENCE = 0.95
-REPRODUCED, NOT, NOISE = "reproduced", "not reproduced", "within noise"
-ONE = "one seed, no verdict"
 LOSSES = ("validation loss", "bits per byte")  # of a diverged run they are beyond any other
 
 
@@ -286,95 +281,6 @@ def measure(study: Study, runs: list, lines_of=lines_of) -> dict[tuple[str, str,
     return found
 
 
-def rows(study: Study, found: dict) -> list[Row]:
-    """Each arm's figures, then each claim's differences with its verdict, size by size."""
-    sizes, table = list(dict.fromkeys(size for size, _, _ in found)), []
-    for size in sizes:
-        for quantity in study.quantities:
-            for arm in (arm for arm in study.arms if (size, quantity, arm) in found):
-                figures = found[size, quantity, arm]
-                table.append(Row(f"{size}: {arm}", quantity, study.paper.get((quantity, arm)),
-                                 **_spread(figures.values(), quantity), how=_seeds(figures)))
-        for claim in study.claims:
-            ours, theirs = (found[size, claim.quantity, arm] for arm in (claim.arm, claim.than))
-            lost = _lost(claim.arm, ours) + _lost(claim.than, theirs)
-            paired = [ours[seed] - theirs[seed] for seed in ours]
-            table.append(Row(f"{size}: {claim.arm} less {claim.than}", claim.quantity, claim.paper,
-                             **_spread(paired, claim.quantity), verdict=verdict(paired, claim.paper),
-                             how=f"{claim.where}; {margin(paired)}{lost}"))
-    return table
-
-
-def verdict(paired: list[float], paper: float | None) -> str:
-    """Whether the differences of the seeds have the paper's direction, by a paired t-test at 95%.
-
-    The interval holds 0: within noise. Beyond it on the paper's side: reproduced. On the other side, or on any where
-    the paper has both equal: not reproduced. Where the paper says nothing: higher or lower. One seed has no interval.
-    Where one arm's loss is infinite in every seed and the other's in none, that is the difference; else `diverged`.
-    """
-    if len(paired) < 2:
-        return ONE
-    if not all(map(math.isfinite, paired)):
-        if not any(set(paired) == {side} for side in (math.inf, -math.inf)):
-            return DIVERGED
-        return _judged(paired[0], paper)
-    mean, half = statistics.fmean(paired), half_width(paired)
-    if abs(mean) <= half:
-        return NOISE
-    return _judged(mean, paper)
-
-
-def _judged(difference: float, paper: float | None) -> str:
-    """Of one that is beyond noise."""
-    if paper is None:
-        return "higher" if difference > 0 else "lower"
-    return REPRODUCED if difference * paper > 0 else NOT
-
-
-def half_width(paired: list[float]) -> float:
-    """Of the interval of the mean of so many differences, by Student's t."""
-    from scipy import stats
-
-    n = len(paired)
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * statistics.stdev(paired) / n ** 0.5
-
-
-def margin(paired: list[float]) -> str:
-    paired = list(filter(math.isfinite, paired))
-    if len(paired) < 2:
-        return "one pair" if paired else "no pair"
-    return f"ours ± {half_width(paired):.2g} (paired t, 95%)"
-
-
-def _spread(values: Iterable[float], quantity: str) -> dict:
-    """Mean and range of those that are numbers, and the quantity's decimals, as fields of a Row."""
-    values = list(filter(math.isfinite, values))
-    if not values:
-        return {"ours": None, "digits": QUANTITIES[quantity][1]}
-    return {"ours": statistics.fmean(values), "digits": QUANTITIES[quantity][1], "parts": _parts(values),
-            "least": float(min(values)), "greatest": float(max(values))}
-
-
-def _parts(values: list):
-    """Those of figures that are pictured: means over seeds, place by place, or the first seed's."""
-    if not isinstance(values[0], Pictured):
-        return None
-    if not values[0].alike:
-        return values[0].parts
-    return [statistics.fmean(of_seeds) for of_seeds in zip(*(value.parts for value in values), strict=True)]
-
-
-def _seeds(figures: Mapping[int, float]) -> str:
-    ended = sum(map(math.isfinite, figures.values()))
-    return ("no seed" if not ended else f"mean of {ended} seeds" if ended > 1 else "one seed") + _lost("it", figures)
-
-
-def _lost(arm: str, figures: Mapping[int, float]) -> str:
-    """Which seeds of an arm diverged, as the end of a sentence; nothing where none did."""
-    seeds = [str(seed) for seed, figure in figures.items() if not math.isfinite(figure)]
-    return f"; {arm} diverged in seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}" if seeds else ""
-
-
 def provenance(command: str, runs: list[Run], found: dict) -> dict:
     """What the table and its runs were made by and on, as the runs say themselves; `not_run`: sizes without figures."""
     sizes = dict.fromkeys(size for size, _, _ in found)
@@ -387,18 +293,3 @@ def provenance(command: str, runs: list[Run], found: dict) -> dict:
             "jax": every(lambda each: each["packages"]["jax"]), "machine": every(machine),
             "seeds": sorted({run.seed for run in runs}),
             "not_run": [size for size in dict.fromkeys(run.size for run in runs) if size not in sizes]}
-
-
-def draw(axes, table: list[Row]) -> None:
-    """The differences of the table's first claims' quantity, with their ranges over seeds, by size."""
-    claims = [row for row in table if row.verdict and row.ours is not None]
-    if not claims:  # every seed of every claim diverged
-        return
-    chosen = [row for row in claims if row.unit == claims[0].unit]
-    labels = list(dict.fromkeys(row.what.split(": ", 1)[1] for row in chosen))
-    series: dict = {}
-    for row in chosen:
-        size, label = row.what.split(": ", 1)
-        series.setdefault(size, dict.fromkeys(labels))[label] = (row.ours, row.least, row.greatest)
-    plots.ranges(axes, labels, {size: list(points.values()) for size, points in series.items()},
-                 f"difference of {claims[0].unit}: mean and range over seeds")

@@ -1,6 +1,7 @@
 """DeepSeek-V2's Tables 8 and 9: kinds of attention at equal size, quality against the bytes of the cache."""
 
-from research.tables.study import Claim, Study, draw
+from research.tables.judgement import draw
+from research.tables.study import Claim, Study
 
 __all__ = ["draw"]
 

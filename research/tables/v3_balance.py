@@ -1,6 +1,7 @@
 """DeepSeek-V3's Table 5 and the loss-free paper's Table 2: balance by a routing bias, by a loss, by nothing."""
 
-from research.tables.study import Claim, Study, draw
+from research.tables.judgement import draw
+from research.tables.study import Claim, Study
 
 __all__ = ["draw"]
 

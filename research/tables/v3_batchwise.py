@@ -1,6 +1,7 @@
 """DeepSeek-V3 §4.5.3: balance over a sequence, over a batch, or without a loss."""
 
-from research.tables.study import Claim, Study, draw
+from research.tables.judgement import draw
+from research.tables.study import Claim, Study
 
 __all__ = ["draw"]
 

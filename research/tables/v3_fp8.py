@@ -1,6 +1,7 @@
 """DeepSeek-V3's Appendix B: the loss in FP8 beside bfloat16, and gradients quantised in blocks."""
 
-from research.tables.study import Claim, Study, draw
+from research.tables.judgement import draw
+from research.tables.study import Claim, Study
 
 __all__ = ["draw"]
 

@@ -1,6 +1,7 @@
 """DeepSeek-V3's Table 4: what a multi-token module does for the main model, and a second one beside it."""
 
-from research.tables.study import Claim, Study, draw
+from research.tables.judgement import draw
+from research.tables.study import Claim, Study
 
 __all__ = ["draw"]
 

@@ -16,7 +16,7 @@ from research.data.sources import Document
 from research.data.tokenizer import Tokenizer, _bytes
 from research.errors import RunError
 from research.model.build import make_model
-from research.tables import moe_architecture, mtp_decode, runner, study, v3_specialisation, yarn_needle
+from research.tables import judgement, moe_architecture, mtp_decode, runner, study, v3_specialisation, yarn_needle
 from research.tables.quantities import QUANTITIES, Pictured
 from research.tables.readings import Reading
 from research.tables.study import Study
@@ -211,10 +211,10 @@ def test_figures_of_readings():
 
 
 def test_parts_are_means_over_seeds_where_places_mean_the_same():
-    spread = study._spread([Pictured(1.0, [0.0, 2.0]), Pictured(3.0, [4.0, 2.0])], "found at 1 T, %")
+    spread = judgement._spread([Pictured(1.0, [0.0, 2.0]), Pictured(3.0, [4.0, 2.0])], "found at 1 T, %")
     assert spread == {"ours": 2.0, "digits": 1, "parts": [2.0, 2.0], "least": 1.0, "greatest": 3.0}
-    first = study._spread([Pictured(1.0, {"a": [1]}, False), Pictured(3.0, {"a": [9]}, False)], "found at 1 T, %")
-    assert first["parts"] == {"a": [1]} and study._spread([1.0], "MaxVio")["parts"] is None
+    first = judgement._spread([Pictured(1.0, {"a": [1]}, False), Pictured(3.0, {"a": [9]}, False)], "found at 1 T, %")
+    assert first["parts"] == {"a": [1]} and judgement._spread([1.0], "MaxVio")["parts"] is None
 
 
 def test_needles_are_found_where_a_model_looks(pair, monkeypatch):

@@ -11,8 +11,9 @@ import pytest
 from research import command
 from research.errors import Diverged, RequestError, RunError
 from research.tables import __main__ as main
-from research.tables import runner, study
-from research.tables.study import NOISE, NOT, ONE, REPRODUCED, Claim, Study
+from research.tables import judgement, runner, study
+from research.tables.judgement import NOISE, NOT, ONE, REPRODUCED
+from research.tables.study import Claim, Study
 from research.training import loop
 from tests.tables.test_tables import PNG
 from tests.tables.test_tables import run as answer
@@ -94,15 +95,15 @@ def test_a_stopped_run_is_gone_on_with_and_a_failed_one_is_named(tmp_path, monke
     ([0.02, 0.021, 0.019], None, "higher"), ([-0.02, -0.021, -0.019], None, "lower"), ([0.02, -0.02], None, NOISE),
     ([0.02], 0.01, ONE), (3 * [math.inf], 1.0, REPRODUCED), (3 * [math.inf], -0.01, NOT),
     (3 * [-math.inf], None, "lower"),
-    ([0.02, math.inf, 0.02], 1.0, study.DIVERGED), ([math.nan, math.inf, math.inf], 1.0, study.DIVERGED),
-    ([-math.inf, math.inf, math.inf], 1.0, study.DIVERGED), ([math.inf], 1.0, ONE)])
+    ([0.02, math.inf, 0.02], 1.0, judgement.DIVERGED), ([math.nan, math.inf, math.inf], 1.0, judgement.DIVERGED),
+    ([-math.inf, math.inf, math.inf], 1.0, judgement.DIVERGED), ([math.inf], 1.0, ONE)])
 def test_directions_are_judged_by_the_paired_interval(paired, paper, said):
-    assert study.verdict(paired, paper) == said
+    assert judgement.verdict(paired, paper) == said
 
 
 def test_the_interval_is_students():
     """Three differences: t of 2 degrees of freedom, 4.303, as tables print it."""
-    assert study.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3 ** 0.5, rel=1e-3)
+    assert judgement.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3 ** 0.5, rel=1e-3)
 
 
 def test_differences_are_of_equal_seeds_and_sizes_without_all_runs_are_left_out(tmp_path):
@@ -110,7 +111,7 @@ def test_differences_are_of_equal_seeds_and_sizes_without_all_runs_are_left_out(
     for run in planned:
         if (run.size, run.arm, run.seed) != ("mini", "depth_1", 2):
             recorded(run, run.seed + (0.5 if run.arm == "depth_1" else 0.51), violation=0.25)
-    rows = study.rows(PAIR, study.measure(PAIR, planned))
+    rows = judgement.rows(PAIR, study.measure(PAIR, planned))
     assert len(rows) == 2 * 3 + 1 and all(row.what.startswith("micro: ") for row in rows)
     last = rows[-1]
     assert (last.what, last.paper, last.verdict) == ("micro: depth_1 less depth_0", -0.001, REPRODUCED)
@@ -145,8 +146,8 @@ def test_a_run_that_diverges_is_a_result(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "train", None)
     study.train(planned)
     both = replace(PAIR, claims=(Claim("MaxVio", "depth_1", "depth_0", 1.0, "there"), *PAIR.claims))
-    *arms, violation, claim = study.rows(both, study.measure(both, planned))
-    assert (violation.ours, violation.verdict) == (None, study.DIVERGED)  # of no loss it says nothing
+    *arms, violation, claim = judgement.rows(both, study.measure(both, planned))
+    assert (violation.ours, violation.verdict) == (None, judgement.DIVERGED)  # of no loss it says nothing
     shown = {(row.what, row.unit): (row.ours, row.how) for row in arms}
     nothing = None, "no seed; it diverged in seeds 0, 1, 2"
     assert shown["micro: depth_1", "bits per byte"] == nothing == shown["micro: depth_1", "MaxVio of a batch"]
@@ -154,13 +155,13 @@ def test_a_run_that_diverges_is_a_result(tmp_path, monkeypatch):
     assert (claim.ours, claim.verdict) == (None, NOT)  # the paper has it lower
     assert claim.how == "here; no pair; depth_1 diverged in seeds 0, 1, 2"
     assert "Infinity" not in json.dumps([row.to_json() for row in [*arms, claim]]) and claim.cells()[1] == ""
-    study.draw(None, [claim])  # nothing that could be drawn
+    judgement.draw(None, [claim])  # nothing that could be drawn
 
     (planned[1].workdir / "metrics.jsonl").unlink()
     shutil.rmtree(planned[1].workdir)
     recorded(planned[1], 1.5)
-    *arms, claim = study.rows(PAIR, study.measure(PAIR, planned))
-    assert (claim.ours, claim.verdict) == (-0.5, study.DIVERGED)
+    *arms, claim = judgement.rows(PAIR, study.measure(PAIR, planned))
+    assert (claim.ours, claim.verdict) == (-0.5, judgement.DIVERGED)
     assert claim.how == "here; one pair; depth_1 diverged in seeds 1, 2"
 
 

@@ -4,7 +4,7 @@ import math
 import textwrap
 from dataclasses import dataclass
 
-from research.accounting import cost, flops, memory, parameters
+from research.accounting import cost, exchange, flops, memory, parameters
 from research.accounting.published import NOTES
 from research.decoding.cache import bytes_per_token
 from research.model.build import make_model
@@ -40,6 +40,7 @@ def account(settings, name: str, terms: Terms) -> dict:
         "parameters": counted,
         "flops_per_token": per_token | {"executed": executed} | flops.inference(settings),
         "kv_bytes_per_token": cache,
+        "exchange_per_token": exchange.account(settings.model),
         "memory_per_device": held,
         "device": terms.gpu or "this machine's",
         "device_memory": gpu and gpu.memory,
@@ -94,6 +95,10 @@ def text(found: dict) -> str:
     row("prefill, full", *_flops(f["prefill_full"]))
     row("decode", *_flops(f["decode"]), "over a cache of T")
     row("cache", f"{found['kv_bytes_per_token']:,}", "bytes", "bfloat16")
+    if sent := found["exchange_per_token"]:
+        nodes, free = sent["nodes"], sent["bytes_without_limit"]["mean"]
+        row("sent between nodes", f"{sent['bytes'] / 1e6:,.3f}", "MB", f"training: {nodes['most']} groups at most")
+        row("  without that limit", f"{free / 1e6:,.3f}", "MB", f"{nodes['without_limit']['mean']:.2f} on average")
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1) or "no mesh"
     group(f"memory of a device: {found['device']}, {mesh}, {found['recipe']}")
     most, (size, unit) = found["device_memory"], (1e9, "GB") if m["total"] >= 1e9 else (1e6, "MB")

@@ -34,6 +34,13 @@ def choose_experts(affinity_XE, bias_E, config):
     return jax.lax.top_k(score_XE, config.num_experts_per_tok)[1]
 
 
+def nodes_reached(indices_XK, config):
+    """In how many of the gate's groups, each a node of V3's, a token's experts lie. Returns (..., ) int32."""
+    group_XK = indices_XK // (config.n_routed_experts // config.n_group)
+    reached_XG = jnp.any(jax.nn.one_hot(group_XK, config.n_group, dtype=bool), axis=-2)
+    return jnp.sum(reached_XG, axis=-1, dtype=jnp.int32)
+
+
 def gate_weights(affinity_XE, indices_XK, config):
     """The chosen experts' weights, from unbiased affinities. Returns float32 weights_XK."""
     weights_XK = jnp.take_along_axis(affinity_XE, indices_XK, axis=-1)

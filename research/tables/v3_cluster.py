@@ -1,7 +1,7 @@
 """DeepSeek-V3 on a cluster: memory of a GPU, what it sends, and the least a step can take, by mesh, from shapes."""
 
 from research import plots
-from research.accounting import cost, flops, memory, parameters
+from research.accounting import cost, exchange, flops, memory, parameters
 from research.parallel import schedules
 from research.tables.runner import Row, of_unit, published
 
@@ -22,13 +22,6 @@ NOTES = (
 GPU, NETWORK = cost.GPUS["H800"], 50e9  # bytes a second
 ROWS, STEP = 15360, 19.926  # a step of V3, and its seconds on the first mesh
 MESHES = ((16, 64, 2), (16, 64, 1), (8, 64, 1))  # pipeline, expert, data
-SCALE_BYTES = 4 / 128  # of an entry in FP8
-
-
-def sent_per_token(model) -> float:
-    """Bytes that the experts of one layer make a token send to other nodes in a training step, at most."""
-    there, back = 1 + SCALE_BYTES, 2
-    return 2 * model.topk_group * model.hidden_size * (there + back)
 
 
 def of_mesh(pipeline: int, expert: int, data: int) -> list[Row]:
@@ -40,7 +33,8 @@ def of_mesh(pipeline: int, expert: int, data: int) -> list[Row]:
     counted = flops.by_isca_rule(s)
     attention = counted["training_full"] - counted["training_causal"]
     products = tokens * (attention / GPU.peak + (counted["training_causal"] - attention) / (2 * GPU.peak))
-    sent = tokens * (m.num_hidden_layers - m.first_k_dense_replace) * sent_per_token(m)
+    sending = exchange.account(m)
+    sent, free = tokens * sending["bytes"], tokens * sending["bytes_without_limit"]["mean"]
     idle = schedules.idle(schedules.timed(schedules.dual(pipeline, batches)))
     bubble = idle / (batches * (schedules.COSTS.forward + schedules.COSTS.backward))
     name = f"{gpus:,} GPUs: pipeline {pipeline} x expert {expert} x data {data}"
@@ -49,6 +43,8 @@ def of_mesh(pipeline: int, expert: int, data: int) -> list[Row]:
     return [
         Row(name, "GB a GPU", None, held / 1e9, 1, "fits" if held < GPU.memory else "does not fit into 80 GB"),
         Row(f"{name}, sent", "GB a GPU and step", None, sent / 1e9, 1, "to at most 4 nodes a token"),
+        Row(f"{name}, sent without a limit", "GB a GPU and step", None, free / 1e9, 1,
+            f"to {sending['nodes']['without_limit']['mean']:.1f} nodes a token where any experts are as likely"),
         Row(f"{name}, sending", "s", None, sent / NETWORK, 2, "at 50 GB/s"),
         Row(f"{name}, products", "s", None, products, 2, "at the peaks"),
         Row(f"{name}, idle", "% of the work", None, 100 * bubble, 1, f"DualPipe, {batches} micro-batches"),

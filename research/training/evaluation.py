@@ -27,7 +27,8 @@ def evaluate(eval_step, state, corpus, settings, batches: int | None = None, bar
     `mtp_accuracy`: share of targets that each depth's likeliest token hits, the text before them given: an upper
     guide to, not a measure of, what drafting accepts. Where there are experts, `expert_load` (L, E) and
     `mtp_expert_load` (M, E): each one's load over all of this text, relative to its layer's mean, and `load_violation`:
-    MaxVio of the former, averaged over layers (MaxVio_global of 2408.15664). bar: show on a terminal how far it is.
+    MaxVio of the former, averaged over layers (MaxVio_global of 2408.15664). Where the gate knows groups,
+    `nodes_a_token` (L,): in how many of them a token's experts lie. bar: show on a terminal how far it is.
     """
     params = state["params"] if state["ema"] is None else state["ema"]
     sums = None
@@ -44,6 +45,7 @@ def evaluate(eval_step, state, corpus, settings, batches: int | None = None, bar
         "mtp_accuracy": (sums["mtp_hits"] / np.maximum(sums["mtp_targets"], 1)).tolist(),
         "targets": int(sums["targets"]),
         **expert_loads(sums["loads"]),
+        **nodes_a_token(sums, settings.model),
     }
 
 
@@ -55,6 +57,14 @@ def expert_loads(loads) -> dict:
     return {"load_violation": float(np.mean(load_violation(loads["layers"])))} | {
         name: [np.asarray(relative_load(row), np.float64).round(4).tolist() for row in layers]
         for name, layers in rows.items()}
+
+
+def nodes_a_token(sums, config) -> dict:
+    """The field of an evaluation's line. A token is K in the loads of a layer."""
+    if "nodes" not in sums:
+        return {}
+    tokens_L = np.sum(sums["loads"]["layers"], axis=-1) / config.num_experts_per_tok
+    return {"nodes_a_token": (sums["nodes"] / tokens_L).round(4).tolist()}
 
 
 @environment.runnable()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from research.model.moe import MixtureOfExperts, choose_experts, gate_weights
+from research.model.moe import MixtureOfExperts, choose_experts, gate_weights, nodes_reached
 from research.precision.products import Products
 from research.precision.recipe import RECIPES
 from research.tree import paths
@@ -75,6 +75,15 @@ def test_experts_outside_the_kept_groups_are_never_chosen_whatever_the_sign(name
     kept_XG = np.argsort(-score_XG, axis=-1, kind="stable")[:, :2]
     for chosen, kept in zip(chosen_XK, kept_XG, strict=True):
         assert set(chosen // 3) <= set(kept)
+
+
+@pytest.mark.parametrize("name", ["groups", "groups of one", "all of the kept groups", "greedy"])
+def test_a_token_reaches_the_nodes_of_its_experts_once_each(name):
+    config = router(name)
+    chosen_XK = np.asarray(chooser(name)(affinities(), np.zeros(E, np.float32)))
+    expected = [len({expert // (E // config.n_group) for expert in row}) for row in chosen_XK.tolist()]
+    np.testing.assert_array_equal(nodes_reached(chosen_XK, config), expected)
+    assert name == "greedy" or max(expected) <= config.topk_group
 
 
 def test_v3_counts_a_groups_two_best_and_v2_its_best():

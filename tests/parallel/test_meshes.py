@@ -17,7 +17,7 @@ from research.parallel.mesh import make_mesh
 from research.parallel.rules import AXES, axes_of, spread
 from research.training.step import make_train_step
 from tests import tiny
-from tests.parallel.meshes import FIELDS, IN_PIECES, MESHES, PIPELINES, STEPS
+from tests.parallel.meshes import FIELDS, IN_PIECES, MESHES, PIPELINES, ROWS, STEPS
 
 ROOT = Path(__file__).parents[2]
 OTHERS = [name for name in MESHES if not name.startswith("one")]
@@ -94,6 +94,15 @@ def test_experts_stay_where_they_are(found):
         assert {name for _, name in moved} == {"jit(train_step)/add"}, mesh
     assert "shard_map/all_to_all" in found["expert"]["program"]
     assert "shard_map/all_to_all" not in found["fsdp"]["program"]
+
+
+def test_the_exchange_sends_what_it_must(found):
+    """Bytes of a step that one of 8 devices gives to the exchange: of each of two layers a row of the room for each
+    of its tokens and devices, there with a choice and its gate value, back, and the gradients but for the choice."""
+    sent = sum(np.prod([int(size) for size in sizes.split(",")]) * 4 for shapes in re.findall(
+        r"= (.*?) all-to-all\(", found["expert"]["program"]) for sizes in re.findall(r"\[([\d,]+)\]", shapes))
+    tokens, width, layers = max(map(sum, ROWS)), 16, 2
+    assert sent == layers * 8 * tokens * 4 * (4 * width + 3)
 
 
 def test_where_the_platform_has_it_only_tokens_travel(found):

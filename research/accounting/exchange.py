@@ -1,0 +1,35 @@
+"""What expert parallelism sends from node to node, and what node-limited routing saves of it (V3 §2.1.2, §3.2.2).
+
+A group of the gate is a node: its experts lie on that node's devices, and a token crosses the network once for each
+node that holds any of its experts (from there on NVLink carries it). Its own node, which costs nothing, is counted.
+"""
+
+import math
+
+THERE, BACK = 1 + 4 / 128, 2  # bytes of an entry: FP8 with a float32 scale for 128, and bfloat16 (V3 §3.3)
+
+
+def nodes_a_token(model) -> dict[str, float]:
+    """To how many of the `n_group` nodes a token goes: `most` as it is routed, `without_limit` if its K experts could
+    lie anywhere: the `most` of that, and the `mean` where any K of the E experts are as likely as any others."""
+    E, K, G = model.n_routed_experts, model.num_experts_per_tok, model.n_group
+    limited = model.topk_method != "greedy"
+    missed = math.comb(E - E // G, K) / math.comb(E, K)  # the chance that a node has none of them
+    return {"most": min(G, K, model.topk_group if limited else G),
+            "without_limit": {"most": min(G, K), "mean": G * (1 - missed)}}
+
+
+def bytes_a_token(model, nodes: float) -> float:
+    """That a training step sends for each token of one layer to so many nodes: forward, there and back, and as much
+    for the gradients."""
+    return 2 * nodes * model.hidden_size * (THERE + BACK)
+
+
+def account(model) -> dict:
+    """`nodes_a_token`, and the bytes that all layers with experts make a token send in training; {} without experts,
+    or where the gate knows no groups."""
+    if not model.n_routed_experts or model.n_group == 1:
+        return {}
+    nodes, layers = nodes_a_token(model), model.num_hidden_layers - model.first_k_dense_replace
+    return {"nodes": nodes, "bytes": layers * bytes_a_token(model, nodes["most"]), "bytes_without_limit": {
+        name: layers * bytes_a_token(model, number) for name, number in nodes["without_limit"].items()}}

@@ -28,8 +28,8 @@ def tuned(operation: str, shape: tuple[int, ...]) -> dict[str, int]:
 
 
 def device_kind() -> str:
-    """The GPU that the kernels run on, or the one they are meant for."""
-    device = jax.devices()[0]
+    """The GPU that the kernels are meant for (kernels.choice), or run on; the target where there is none."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     return device.device_kind if device.platform == "gpu" else TARGET
 
 

@@ -210,7 +210,7 @@ def make_train_step(model: Transformer, settings, loss=loss_of):
         decay = settings.training.ema_decay
         speed = schedules.bias_update_speed(step, settings.model, steps)
         metrics |= {
-            "grad_norm": optax.global_norm(gradients),
+            "grad_norm": optax.tree.norm(gradients),
             "learning_rate": schedules.learning_rate(step, settings.optimizer, steps),
         }
         if loads["layers"] is not None:

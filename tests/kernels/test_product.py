@@ -2,20 +2,21 @@
 
 from dataclasses import asdict
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import choice
+from kernels import choice, tuned
 from kernels import product as kernel
 from kernels.interpret import interpret_params, races_found
 from kernels.operations import OPERATIONS
 from kernels.product import mosaic, reference, xla
 from kernels.product.operands import check_scales, refusal, scales_of_columns, scales_of_rows
 from kernels.product.shapes import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
-from kernels.product.tiles import SCALES, Layout, Tiles, default
+from kernels.product.tiles import SCALES, Layout, Tiles, default, multiprocessors
 from kernels.quantize import reference as quantization
 
 ROW, SQUARE, SHORT = (1, 128), (128, 128), (1, 32)
@@ -258,6 +259,19 @@ def test_default_tiles_are_wide_where_that_takes_fewer_rounds():
     assert default(4096, 2112, by_block=False) == default(4096, 512, by_block=True) == usual  # one round of either
     assert default(4096, 7168, by_block=True) == usual  # 14 rounds of 128, 10 of 192: as long, by the guess
     assert default(4096, 130, by_block=True) == usual
+
+
+def test_tiles_are_those_of_the_gpu_that_is_meant():
+    """Not of the machine that lowers; a mesh of devices that are here says neither their kind nor their number."""
+    here = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 PCIe", core_count=114)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: [here])
+        assert (multiprocessors(), tuned.device_kind()) == (114, "NVIDIA H100 PCIe")
+        with choice.meant_for_h200():
+            assert (multiprocessors(), tuned.device_kind()) == (132, "NVIDIA H200")
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",))):
+            assert multiprocessors() == 114
+    assert (multiprocessors(), tuned.device_kind()) == (132, "NVIDIA H200")
 
 
 def test_unknown_tiles_are_refused():

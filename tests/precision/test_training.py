@@ -17,7 +17,7 @@ QUANTISED = [name for name, recipe in RECIPES.items() if recipe.quantized]
 FIELDS = {"model.num_hidden_layers": 1, "model.first_k_dense_replace": 0, "model.n_routed_experts": 4,
           "model.n_group": 1, "model.topk_group": 1, "model.attention": "gqa", "mtp.num_nextn_predict_layers": 0,
           "training.steps": 12, "optimizer.warmup_fraction": 0.1}
-VARIANTS = {"fp8_deepseek_pow2", "fp8_blockwise_gradients", "fp8_requantized", "fp8_unpromoted"}  # of fp8_deepseek
+VARIANTS = {"fp8_deepseek_pow2", "fp8_blockwise_gradients", "fp8_requantized", "fp8_unpromoted", "mxfp8"}
 
 
 @functools.cache
@@ -37,7 +37,7 @@ def trained(recipe: str, steps: int, pieces: int = 1, experts: int = 4):
 
 
 def of(recipe: str):
-    """Of all recipes; the variants without experts, which test_experts has for each: they compile in half the time."""
+    """Of all recipes; some without experts, which test_experts has for each: they compile in half the time."""
     return trained(recipe, 8, experts=0) if recipe in VARIANTS else trained(recipe, 8)
 
 

@@ -19,7 +19,8 @@ EXPERIMENT = "experiments/nano.py:smoke"
 PIPELINES = {"distill", "r1_evaluate"}  # experiments of research.distill, whose models are two fields of the config
 MICRO = {  # with all that a state can hold
     "model.hidden_size": 32, "model.intermediate_size": 32, "model.num_attention_heads": 2, "model.n_routed_experts": 8,
-    "model.moe_intermediate_size": 16, "model.num_hidden_layers": 2, "model.num_experts_per_tok": 2,
+    "model.moe_intermediate_size": 16, "model.num_hidden_layers": 1, "model.first_k_dense_replace": 0,
+    "model.num_experts_per_tok": 2,
     "model.n_group": 4, "model.topk_group": 2, "model.scan_unroll": 1, "data.sequence_length": 32,
     "data.max_documents": 30, "data.validation_fraction": 0.1, "data.fim_rate": 0.2,
     "training.steps": 12, "training.batch_size": 4, "training.ema_decay": 0.9, "optimizer.moment_dtype": "bfloat16",

@@ -7,8 +7,7 @@ compiles), and the bytes of a device beside the account's. --compile also compil
 of `make aot`; what XLA chooses by trial is left to the GPU. Attention is plain XLA's: cuDNN's asks for the library.
 
     python -m research.lowering --config=experiments/deepseek_v3.py --config.mesh.expert=64 \\
-        --config.precision.recipe=bfloat16 --config.training.batch_size=64 --config.training.batch_ramp_start=64 \\
-        --config.evaluation.batch_size=64
+        --config.training.batch_size=64 --config.training.batch_ramp_start=64 --config.evaluation.batch_size=64
 """
 
 import math

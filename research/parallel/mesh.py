@@ -57,9 +57,13 @@ def _check(settings) -> None:
     """RequestError for what the program over a mesh cannot do, whatever the devices."""
     sizes = _sizes(settings)
     pipeline.check(settings)
-    if RECIPES[settings.precision.recipe].quantized:
-        raise RequestError.field("precision.recipe", settings.precision.recipe, "runs on one device: a mesh of "
-                                 f"{math.prod(sizes.values())} devices needs float32 or bfloat16")
+    recipe = RECIPES[settings.precision.recipe]
+    if recipe.quantized and recipe.forward.left.tile is None:
+        raise RequestError.field("precision.recipe", recipe.name, "has one scale a tensor, whose parts lie on "
+                                 f"{math.prod(sizes.values())} devices: a mesh needs a recipe of tiles, or of floats")
+    if recipe.quantized and sizes["tensor"] > 1:
+        raise RequestError.field("mesh.tensor", sizes["tensor"],
+                                 f"must be 1 under {recipe.name}: devices share no tile")
     shards, rows = math.prod(sizes[axis] for axis in BATCH), settings.evaluation.batch_size
     if rows % shards:
         raise RequestError.field("evaluation.batch_size", rows,

@@ -108,15 +108,20 @@ def around(mesh: Mesh) -> dict:
             "axis_names": set(mesh.axis_names) - set(context.manual_axes)}
 
 
-def on_own_rows(mesh: Mesh | None, function, x, *whole):
-    """function(x, *whole), each device for its own rows of x, whose first dimension is the batch; without gradient.
+def over_rows(mesh: Mesh | None, function, x, *whole):
+    """function(x, *whole), each device for its own rows of x, whose first dimension is the batch.
 
-    For what XLA does not split by itself: it gathers the whole batch for `top_k`.
+    The gradient of what is whole adds up over the devices, as the transpose of its being given to each.
     """
     if mesh is None:
         return function(x, *whole)
     return jax.shard_map(function, **around(mesh), in_specs=(P(BATCH), *(P() for _ in whole)), out_specs=P(BATCH),
-                         check_vma=False)(*jax.lax.stop_gradient((x, *whole)))
+                         check_vma=False)(x, *whole)
+
+
+def on_own_rows(mesh: Mesh | None, function, x, *whole):
+    """`over_rows` without gradient, for what XLA does not split by itself: it gathers the whole batch for `top_k`."""
+    return function(x, *whole) if mesh is None else over_rows(mesh, function, *jax.lax.stop_gradient((x, *whole)))
 
 
 def placed(mesh: Mesh | None, x, *before):

@@ -41,7 +41,7 @@ class Rows(NamedTuple):
 
 def sort_rows(indices_XK, n_experts: int, block: int = BLOCK) -> Rows:
     """Sorts pairs by expert, stably, padded to blocks of `block` rows. Shapes are static: M is the most that any
-    routing needs."""
+    routing needs. A pair whose index is `n_experts` names none: it has no row, and reads one that it must not use."""
     P = indices_XK.size
     M = (P + (block - 1) * min(n_experts, P)) // block * block
     expert_P = indices_XK.reshape(-1)
@@ -53,8 +53,10 @@ def sort_rows(indices_XK, n_experts: int, block: int = BLOCK) -> Rows:
     sorted_P = expert_P[order_P]
     rank_P = jnp.arange(P, dtype=jnp.int32) - (jnp.cumsum(count_E) - count_E)[sorted_P]
     row_P = start_E[sorted_P] * block + rank_P
-    pair_M = jnp.full(M, P, jnp.int32).at[row_P].set(order_P.astype(jnp.int32), unique_indices=True)
+    row_P = jnp.where(sorted_P < n_experts, row_P, M + jnp.arange(P, dtype=jnp.int32))  # behind the end: dropped
+    pair_M = jnp.full(M, P, jnp.int32).at[row_P].set(order_P.astype(jnp.int32), unique_indices=True, mode="drop")
     row_XK = jnp.zeros(P, jnp.int32).at[order_P].set(row_P, unique_indices=True).reshape(indices_XK.shape)
+    row_XK = jnp.where(indices_XK < n_experts, row_XK, 0)
     block_N = jnp.arange(M // block, dtype=jnp.int32)
     expert_N = jnp.sum(end_E[None] <= block_N[:, None], axis=1, dtype=jnp.int32)
     start_N = jnp.append(start_E, 0)[expert_N].astype(jnp.int32)
@@ -148,17 +150,20 @@ def _rows_of(x_XD, token_M, valid_M):
     return jnp.where(valid_M[:, None], x_XD[token_M], jnp.zeros((), x_XD.dtype))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def swiglu(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, histories, recipe: Recipe, implementation: str):
+@partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
+def swiglu(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, histories, recipe: Recipe, implementation: str,
+           padded: bool = False):
     """Sum over a token's experts of weight * (silu(x gate) * (x up)) down; dtype of x.
 
     A dense network: indices_XK and weights_XK are None and its weights have no axis E. histories: {} or, for delayed
-    scaling, those of HISTORIES, whose "gradients" are the histories after this step (see `matmul.linear`).
+    scaling, those of HISTORIES, whose "gradients" are the histories after this step (see `matmul.linear`). padded:
+    the index E names no expert; of such a pair the weight is 0.
     """
-    return _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, histories, recipe, implementation)[0]
+    return _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, histories, recipe, implementation,
+                    padded)[0]
 
 
-def _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, histories, recipe, implementation):
+def _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, histories, recipe, implementation, padded):
     form, dtype, past = recipe.forward, x_XD.dtype, histories.get
     weights = [weight(w, form.right, implementation, past(name))
                for name, w in (("gate", gate_EDF), ("up", up_EDF), ("down", down_EFD))]
@@ -229,7 +234,7 @@ def _activation_backward(g: Quantized, u: Quantized, da_MF, weight_M, rows, reci
     return dg, du, a_t, jnp.sum(a_MF * da_MF, axis=-1), followed
 
 
-def _backward(recipe, implementation, residuals, dy_XD):
+def _backward(recipe, implementation, padded, residuals, dy_XD):
     kept, rows, indices_XK, weights_XK, seen, histories = residuals
     kept_x, kept_g, kept_u, gate, up, down = (q.unpacked() for q in kept)
     x_t = kept_x
@@ -259,8 +264,13 @@ def _backward(recipe, implementation, residuals, dy_XD):
     if rows is None:
         dx_XD, dweights_XK = dx_MD, None
     else:
-        dx_XD = sum(dx_MD[rows.row_XK[:, k]].astype(jnp.float32) for k in range(indices_XK.shape[1])).astype(dtype)
-        dweights_XK = dweight_M[rows.row_XK].astype(weights_XK.dtype)
+        dx_KXD, dweights_XK = [dx_MD[row_X] for row_X in rows.row_XK.T], dweight_M[rows.row_XK]
+        if padded:
+            named_XK = indices_XK < n_experts
+            dx_KXD = [jnp.where(named_X[:, None], dx_XD, 0) for named_X, dx_XD in zip(named_XK.T, dx_KXD, strict=True)]
+            dweights_XK = jnp.where(named_XK, dweights_XK, 0)
+        dx_XD = sum(dx_XD.astype(jnp.float32) for dx_XD in dx_KXD).astype(dtype)
+        dweights_XK = dweights_XK.astype(weights_XK.dtype)
     return (dx_XD, dgate, dup, ddown, None, dweights_XK,
             seen | updated(histories, dy=dy_XD, **followed))
 

@@ -11,7 +11,7 @@ from kernels.experts import experts
 from kernels.weight_only import Narrow
 from kernels.weight_only import product as narrow_product
 from research.parallel.experts import over_mesh
-from research.parallel.rules import on_own_rows, placed
+from research.parallel.rules import on_own_rows, over_rows, placed
 from research.precision.experts import swiglu
 from research.precision.matmul import linear, matmul
 from research.precision.recipe import Format, Recipe
@@ -71,7 +71,11 @@ class Products:
         """x (..., D) times w_DF, in the dtype of activations. name: the projection's; histories: of `matmul.linear`."""
         if not self.quantizes(name):
             return self._float_linear(x, w_DF)
-        y_XF = linear(x.reshape(-1, x.shape[-1]), w_DF, histories, self.recipe, name == "o_proj", self.implementation)
+
+        def compute(x_XD, w_DF, histories):
+            return linear(x_XD, w_DF, histories, self.recipe, name == "o_proj", self.implementation)
+
+        y_XF = over_rows(self.mesh, compute, x.reshape(-1, x.shape[-1]), w_DF, histories)
         return y_XF.reshape(*x.shape[:-1], w_DF.shape[1])
 
     def _float_linear(self, x, w_DF):
@@ -83,21 +87,23 @@ class Products:
     def feed_forward(self, x, gate_DF, up_DF, down_FD, histories):
         """(silu(x gate) * (x up)) down for x (..., D), in the dtype of activations."""
         if self.quantizes(*FEED_FORWARD):
+            def compute(x_XD, gate_DF, up_DF, down_FD, histories):
+                return swiglu(x_XD, gate_DF, up_DF, down_FD, None, None, histories, self.recipe, self.implementation)
+
             x_XD = x.reshape(-1, x.shape[-1])
-            y_XD = swiglu(x_XD, gate_DF, up_DF, down_FD, None, None, histories, self.recipe, self.implementation)
-            return y_XD.reshape(x.shape)
+            return over_rows(self.mesh, compute, x_XD, gate_DF, up_DF, down_FD, histories).reshape(x.shape)
         hidden = silu_product(self._float_linear(x, gate_DF), self._float_linear(x, up_DF))
         return self._float_linear(hidden, down_FD)
 
     def experts(self, x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, histories):
         """The routed experts, in the dtype of activations; see `kernels.experts.experts`."""
         if self.quantizes(*FEED_FORWARD):
-            return swiglu(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, histories, self.recipe,
-                          self.implementation)
-
-        def compute(*operands, expected_pairs=None):
-            return experts(*operands, formats=self._floats, implementation=self.experts_implementation,
-                           expected_pairs=expected_pairs).astype(self.dtype)
+            def compute(*operands, expected_pairs=None):
+                return swiglu(*operands, histories, self.recipe, self.implementation, expected_pairs is not None)
+        else:
+            def compute(*operands, expected_pairs=None):
+                return experts(*operands, formats=self._floats, implementation=self.experts_implementation,
+                               expected_pairs=expected_pairs).astype(self.dtype)
 
         operands = x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK
         return compute(*operands) if self.mesh is None else over_mesh(compute, self.mesh, *operands)

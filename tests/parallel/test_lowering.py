@@ -1,10 +1,14 @@
 """`python -m research.lowering`: the program for GPUs that are not here, and what a device of them holds."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from research import lowering
 from research.accounting import memory
 from research.accounting.request import settings_of
+from research.model.build import make_model
+from research.parallel.mesh import abstract_mesh
 from tests.commands import exit_code
 from tests.training import runs
 
@@ -34,6 +38,22 @@ def test_a_device_holds_what_the_account_says(mesh):
     assert found["kernels"] == {"in_text": 0, "different": 0}
 
 
+def test_products_in_8_bits_are_kernels_on_each_device():
+    """Within `shard_map`: XLA splits none of ours by itself, and refuses to lower those that it would have to."""
+    settings = settings_of("experiments/nano.py:smoke", (
+        "precision.recipe=fp8_deepseek", "evaluation.batch_size=8", "mesh.data=2", "mesh.expert=2"))
+    mesh = abstract_mesh(settings)
+    products = make_model(settings, mesh).products
+    x_BTD, w_DF = jax.ShapeDtypeStruct((4, 128, 256), jnp.bfloat16), jax.ShapeDtypeStruct((256, 128), jnp.float32)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jax.grad(lambda x, w: jnp.sum(products.linear(x, w, "q_proj", {}).astype(jnp.float32)),
+                                  argnums=(0, 1))).trace(x_BTD, w_DF)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # x with its transpose, w, dy with its transpose; three products, of which the first is not used
+    assert len(set(lowering.KERNEL.findall(text))) >= 4
+    assert lowering.EXCHANGE.search(text)[1] == "all_reduce"  # the weight's gradient
+
+
 def test_what_is_printed_and_refused(capsys, monkeypatch):
     given = {
         "devices": 2048, "mesh": {"pipeline": 2, "data": 16, "fsdp": 1, "expert": 64, "tensor": 1}, "lines": 27933,
@@ -57,7 +77,7 @@ def test_what_is_printed_and_refused(capsys, monkeypatch):
     monkeypatch.chdir(runs.ROOT)
     for fields, said in (("mesh.expert=3",), "config.training.batch_size="), (
             ("mesh.data=2", "evaluation.batch_size=3"), "config.evaluation.batch_size=3"), (
-            ("mesh.data=2", "precision.recipe=mxfp8"), "config.precision.recipe='mxfp8'"), (
+            ("mesh.data=2", "precision.recipe=fp8_tensor"), "config.precision.recipe='fp8_tensor'"), (
             ("mesh.data=2", "evaluation.batch_size=8"), "--compile is for one device"), ((), "--config is missing"):
         words = [NANO, *(f"--config.{field}" for field in fields)] if fields else []
         assert exit_code(lowering, *words, "--compile") == 2

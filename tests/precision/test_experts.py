@@ -1,6 +1,7 @@
 """SwiGLU with quantised products: rows sorted by expert, every gradient against one expert at a time, what is kept."""
 
 import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,16 @@ def test_there_are_rows_for_every_routing(tokens, chosen, n_experts, block):
     needed = np.sum(-(-np.bincount(expert_P) // block))
     assert np.sum(np.asarray(rows.expert_N) >= 0) == needed <= rows.pair_M.size // block
     assert rows.pair_M.size <= P + block * min(n_experts, P)  # and no more than that
+
+
+def test_a_pair_that_names_no_expert_has_no_row():
+    indices_XK = jnp.array([[0, 2], [3, 3], [1, 0], [3, 2]], jnp.int32)
+    rows = sort_rows(indices_XK, 3, 32)
+    assert sorted(rows.pair_M[rows.pair_M < 8].tolist()) == [0, 1, 4, 5, 7]
+    named = np.asarray(indices_XK) < 3
+    np.testing.assert_array_equal(rows.pair_M[rows.row_XK][named], np.arange(8).reshape(4, 2)[named])
+    np.testing.assert_array_equal(rows.expert_N[rows.row_XK // 32][named], indices_XK[named])
+    assert rows.expert_N[:3].tolist() == [0, 1, 2] and np.all(rows.expert_N[3:] == -1)
 
 
 def compiled(recipe: str, routed: bool = True, implementation: str = "auto"):
@@ -175,6 +186,28 @@ def test_routings_of_every_kind(recipe, kind):
         for name in ("y", "dx", "dweights"):
             half = np.asarray(found[name])
             np.testing.assert_array_equal(half[:X // 2], half[X // 2:])
+
+
+def test_tokens_of_no_expert_change_nothing():
+    """As they come where devices share the experts: the others' values are the same bits, theirs are zero."""
+    indices, n_experts = choices("empty expert")
+    *weighted, weights, dy = operands(*indices.shape, n_experts)
+    far = np.arange(X) % 3 == 1
+    indices, weights = jnp.where(far[:, None], n_experts, indices), np.where(far[:, None], np.float32(0), weights)
+
+    def run(padded, indices, x, *rest):
+        *others, dy = rest
+        y, pull = jax.vjp(lambda x, *others: swiglu(x, *others[:3], indices, others[3], {}, RECIPES["fp8_deepseek"],
+                                                    "auto", padded), x, *others)
+        return dict(zip(NAMES, (y, *pull(dy)), strict=True))
+
+    found = jax.jit(partial(run, True))(indices, *weighted, weights, dy)
+    near = [m[~far] for m in (weighted[0], weights, dy)]
+    expected = jax.jit(partial(run, False))(indices[~far], near[0], *weighted[1:], *near[1:])
+    for name, value in expected.items():
+        if name in ("y", "dx", "dweights"):
+            assert not np.any(found[name][far]), name
+        np.testing.assert_array_equal(found[name][~far] if len(found[name]) == X else found[name], value, err_msg=name)
 
 
 @pytest.mark.parametrize("recipe", QUANTISED)

@@ -93,6 +93,7 @@ def test_a_pair_that_names_no_expert_has_no_row():
     np.testing.assert_array_equal(rows.pair_M[rows.row_XK][named], np.arange(8).reshape(4, 2)[named])
     np.testing.assert_array_equal(rows.expert_N[rows.row_XK // 32][named], indices_XK[named])
     assert rows.expert_N[:3].tolist() == [0, 1, 2] and np.all(rows.expert_N[3:] == -1)
+    assert np.all(rows.row_XK < rows.pair_M.size)
 
 
 def compiled(recipe: str, routed: bool = True, implementation: str = "auto"):

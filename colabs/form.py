@@ -1,6 +1,7 @@
 """What every notebook has in common: badge, first cell, and the form in which it is committed."""
 
 import base64
+import io
 import re
 
 SERVICE = "https://colab.research.google.com"
@@ -73,6 +74,22 @@ def strip(notebook) -> None:
                 output.execution_count = number
             if "metadata" in output:
                 output.metadata = type(cell.metadata)()
+            if "image/png" in output.get("data", {}):
+                output["data"]["image/png"] = base64.b64encode(
+                    slim(base64.b64decode(output["data"]["image/png"]))).decode()
+
+
+def slim(picture: bytes) -> bytes:
+    """The same PNG in less than half the bytes, where it has no colours: one number a pixel in place of four."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(picture)) as shown:
+        grey = shown.convert("L")
+        if grey.convert("RGBA").tobytes() != shown.convert("RGBA").tobytes():
+            return picture
+    file = io.BytesIO()
+    grey.save(file, format="png", optimize=True)
+    return file.getvalue()
 
 
 def merged(outputs: list) -> list:

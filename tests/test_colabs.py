@@ -4,15 +4,18 @@ import ast
 import base64
 import importlib
 import inspect
+import io
 import json
 import re
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from colabs import REPOSITORY
-from colabs.form import KEPT, SIGNED, badge, first_cell, is_noise, merged
+from colabs.form import KEPT, SIGNED, badge, first_cell, is_noise, merged, slim
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = sorted((ROOT / "colabs").glob("*.ipynb"))
@@ -188,6 +191,25 @@ def test_streams_are_joined_and_logs_left_out():
             for name, text in (("stdout", "a"), ("stdout", "b"), ("stderr", "c"), ("stdout", "d"))]
     assert [(one.name, one.text) for one in merged(made)] == [("stdout", "ab"), ("stderr", "c"), ("stdout", "d")]
     assert [is_noise(one) for one in merged(made)] == [False, True, False]
+
+
+def test_pictures_without_colours_get_smaller_and_stay_the_same():
+    def png(pixels):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, format="png")
+        return file.getvalue()
+
+    rng = np.random.default_rng(0)
+    grey_YX4 = np.repeat(rng.integers(0, 256, (40, 50, 1), np.uint8), 4, axis=-1)
+    grey_YX4[..., 3] = 255
+    before = png(grey_YX4)
+    after = slim(before)
+    assert len(after) < len(before)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(after)).convert("RGBA")), grey_YX4)
+    for channel, value in ((0, 3), (3, 128)):  # a colour, and what shows the page through
+        other = grey_YX4.copy()
+        other[5, 5, channel] = value + (other[5, 5, channel] == value)
+        assert slim(png(other)) == png(other)
 
 
 def test_the_badge_replaces_the_old_one():

@@ -1,13 +1,27 @@
-"""Where FP8's error comes from: tiles, outliers, sums in 14 bits; and the bytes it saves."""
+"""Where FP8's error comes from: tiles, outliers, sums in 14 bits, layers, products; losses, and the bytes it saves."""
 
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+from ml_collections import FrozenConfigDict
 
+from kernels.choice import platform
 from kernels.product import accumulator
 from kernels.quantize import reference
 from research import plots
 from research.accounting import memory
+from research.data.pipeline import load_corpus, validation_batches
+from research.data.tokenizer import Tokenizer
+from research.interop.weights import checked_weights
+from research.model.transformer import block_inputs, depths
+from research.precision.products import Products
 from research.precision.recipe import RECIPES
+from research.reporting.run import column
+from research.studies.routing import smooth
 from research.tables.runner import published
+from research.training.losses import token_losses
 
 OUTLIERS = slice(50, None, 100)  # channels
 TILES = {"one scale a tensor": None, "128 x 128": (128, 128), "1 x 128": (1, 128), "1 x 32": (1, 32)}
@@ -90,6 +104,124 @@ def draw_accumulation(axes, found: dict[str, dict[int, list[float]]]) -> None:
                               [min(draws) for draws in by.values()], [max(draws) for draws in by.values()])
                        for name, by in found.items()}, "K, products of a sum", "error / norm (%), logarithmic")
     axes.set_yscale("log")
+
+
+class Chain:
+    """A model's layers with experts, one by one under a recipe, on one batch: one program serves all of them."""
+
+    def __init__(self, model, settings, variables: dict, batch: dict, recipe: str):
+        dense, self.length = depths(settings.model)
+        one = model.clone(products=Products(RECIPES[recipe]),
+                          config=FrozenConfigDict({**model.config, "num_hidden_layers": dense + 1}))
+        self.inputs = block_inputs(batch["segments_BT"], batch["positions_BT"], not settings.data.mask_documents)
+        self.model, self.variables, self.batch, self.dtype = one, variables, batch, one.products.dtype
+        # as optimised it would compile three times as long as it runs here
+        options = {"xla_backend_optimization_level": 0} if platform() == "cpu" else None
+        self._both_ways = jax.jit(self._passed, compiler_options=options)
+
+    def _passed(self, layer: dict, x_BTD, dy_BTD):
+        def forward(layer, x_BTD):
+            whole = {name: self.variables[name] | {"layers": layer[name]} for name in layer}
+            return self.model.apply(whole, x_BTD, self.inputs, method="main")[0]
+
+        y_BTD, backward = jax.vjp(forward, layer, x_BTD)
+        d_layer, dx_BTD = backward(dy_BTD)
+        return y_BTD, d_layer["params"], dx_BTD
+
+    def pass_through(self, number: int, x_BTD, dy_BTD) -> tuple:
+        """(y, gradients of the layer's parameters, gradient of x) of a layer, from its input and the gradient of y."""
+        layer = {name: jax.tree.map(lambda leaf: leaf[number:number + 1], self.variables[name]["layers"])
+                 for name in ("params", "routing")}
+        return self._both_ways(layer, x_BTD.astype(self.dtype), dy_BTD.astype(self.dtype))
+
+    def states(self) -> list:
+        """x_BTD below the first layer and behind each, every one from the one before under this recipe."""
+        states = [self.model.apply(self.variables, self.batch["tokens_BT"], self.inputs, method="begin")]
+        for number in range(self.length):
+            states.append(self.pass_through(number, states[-1], jnp.zeros_like(states[-1]))[0])
+        return states
+
+    def top(self, x_BTD):
+        """Gradient of x behind the last layer, of the mean next-token loss."""
+        def loss(x_BTD):
+            logits_BTV, out = self.model.apply(self.variables, x_BTD, self.batch["tokens_BT"], self.inputs,
+                                               method="end")
+            return token_losses(logits_BTV, out["mtp_logits"], self.batch)[0] / self.batch["mask_BT"].sum()
+
+        return jax.grad(loss)(x_BTD)
+
+
+def layer_errors(workdir: str, recipes: tuple[str, ...]) -> dict[str, dict]:
+    """`errors_of` a run's model on a batch of its held-out text."""
+    settings, model, variables = checked_weights(Path(workdir))
+    corpus = load_corpus(settings, Tokenizer.load(Path(workdir)))
+    return errors_of(model, settings, variables, next(iter(validation_batches(corpus, settings, 1))), recipes)
+
+
+def errors_of(model, settings, variables: dict, batch: dict, recipes: tuple[str, ...]) -> dict[str, dict]:
+    """What each recipe does to the model, layer by layer, against float32: {recipe: {`own`: (L, 3), `carried`: (1+L)}}.
+
+    own: of the layer's output, input gradient and weight gradients, from float32's own input and gradient of the
+    output; norm of the error over the norm of what the layer adds to its input, or to the gradient. carried: of x below
+    the first layer and behind each, where nothing below is put right.
+    """
+    exact = Chain(model, settings, variables, batch, "float32")
+    x = exact.states()
+    dy, above = exact.top(x[-1]), []  # from the last layer down: gradients of y, of the parameters, of x
+    for number in reversed(range(exact.length)):
+        _, d_params, dx = exact.pass_through(number, x[number], dy)
+        above.append((dy, d_params, dx))
+        dy = dx
+    found = {}
+    for name in recipes:
+        chain, own = Chain(model, settings, variables, batch, name), []
+        for number, (dy, d_params, dx) in enumerate(reversed(above)):
+            y, d_found, d_input = chain.pass_through(number, x[number], dy)
+            own.append([distance(y, x[number + 1], x[number]), distance(d_input, dx, dy), distance(d_found, d_params)])
+        found[name] = {"own": own, "carried": [distance(*pair) for pair in zip(chain.states(), x, strict=True)]}
+    return found
+
+
+def distance(tree, exact, base=None) -> float:
+    """Norm of tree - exact over the norm of exact - base (None: 0), in float64, over all leaves together."""
+    leaves = [[np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(each)] for each in (tree, exact)]
+    bases = [0] * len(leaves[0]) if base is None else [np.asarray(base, np.float64)]
+    wrong, norm = (np.sqrt(sum(np.sum(np.square(z)) for z in each)) for each in (
+        [a - b for a, b in zip(*leaves, strict=True)], [b - c for b, c in zip(leaves[1], bases, strict=True)]))
+    return float(wrong / max(norm, 1e-30))
+
+
+PRODUCTS = ("output", "input gradient", "weight gradients")
+
+
+def draw_own_errors(axes, found: dict[str, dict]) -> None:
+    """A table of percents for each recipe, layers by products, in one scale of shades."""
+    largest = 100 * max(value for one in found.values() for row in one["own"] for value in row)
+    for panel, (name, one) in zip(axes, found.items(), strict=True):
+        plots.ink(panel, [[100 * value for value in row] for row in one["own"]],
+                  [str(1 + layer) for layer in range(len(one["own"]))], list(PRODUCTS), "layer", "",
+                  "error / norm (%)", largest=largest, digits=2)
+        panel.set_title(name, loc="left")
+
+
+def draw_carried_errors(axes, found: dict[str, dict]) -> None:
+    """The error of the hidden state from the embedding upwards."""
+    plots.lines(axes, {name: (list(range(len(one["carried"]))), [100 * value for value in one["carried"]])
+                       for name, one in found.items()}, "layers with experts passed", "error / norm of x (%)")
+    axes.set_ylim(0)
+
+
+def draw_losses(axes, runs: dict[str, list[dict]], baseline: str) -> None:
+    """Each run's loss by step, means of ten steps, and how far it is from the baseline's at the same step."""
+    curves = {}
+    for name, lines in runs.items():
+        steps, values = column([line for line in lines if line["split"] == "train"], "next_token_loss")
+        curves[name] = steps, smooth(values)
+    plots.lines(axes[0], curves, "step", "nats a token")
+    plots.lines(axes[1], {name: (steps, [100 * (a / b - 1) for a, b in zip(values, curves[baseline][1], strict=True)])
+                          for name, (steps, values) in curves.items() if name != baseline},
+                "step", f"loss relative to {baseline}'s (%)")
+    axes[1].axhline(0, color="black", linewidth=0.8)
 
 
 def kept_bytes(recipes=("float32", "bfloat16", "fp8_deepseek")) -> dict[str, dict[str, float]]:

@@ -13,7 +13,7 @@ from research.interop.weights import checked_weights
 from research.model.balance import load_violation, relative_load, update_bias
 from research.model.moe import choose_experts
 from research.reporting.run import column
-from research.tables.runner import published
+from research.tables.runner import Row, compared, of_unit, published
 from research.training.step import apply_model
 
 KINDS = ("keyword", "name", "number", "operator", "bracket", "quote", "space", "other")
@@ -101,18 +101,20 @@ def replay(affinity_XE, speed: float, steps: int = 200, batch: int = 512, seed: 
     return {"violation": violations, "load": np.asarray(relative_load(loads)), "bias": np.asarray(bias)}
 
 
-def draw_kinds(axes, kinds: list[str], loads_KE, layer: int) -> None:
-    """Which expert takes which kind of token."""
-    plots.ink(axes, loads_KE.tolist(), kinds, [str(expert) for expert in range(loads_KE.shape[1])], "kind of token",
-              "expert", "load / mean of the kind")
-    axes.set_title(f"layer {layer}", loc="left")
+def draw_kinds(axes, found: dict[str, tuple[list[str], np.ndarray]]) -> None:
+    """Which expert takes which kind of token, an axes for each run's `by_kind`, in one scale of shades."""
+    largest = max(loads_KE.max() for _, loads_KE in found.values())
+    for panel, (name, (kinds, loads_KE)) in zip(axes, found.items(), strict=True):
+        plots.ink(panel, loads_KE.tolist(), kinds, [str(expert) for expert in range(loads_KE.shape[1])],
+                  "kind of token", "expert", "load / mean of the kind", largest)
+        panel.set_title(name, loc="left")
 
 
 def draw_replay(axes, found: dict) -> None:
     """MaxVio over steps, and the bias that came about."""
     steps = list(range(1, len(found["violation"]) + 1))
     plots.lines(axes[0], {"": (steps, found["violation"])}, "step", "MaxVio")
-    axes[0].set_ylim(0)
+    axes[0].set_ylim(0, 1.05 * max(found["violation"]))
     axes[1].bar(range(len(found["bias"])), found["bias"], color="0.5", edgecolor="black")
     axes[1].axhline(0, color="black", linewidth=0.8)
     axes[1].set_xlabel("expert")
@@ -125,11 +127,24 @@ def smooth(values: list[float], size: int = 10) -> list[float]:
 
 
 def draw_runs(axes, runs: dict[str, list[dict]]) -> None:
-    """MaxVio and loss of each run by step, means of ten steps."""
-    for panel, (name, quantity) in zip(axes, (("load_violation", "MaxVio, mean of layers"),
-                                              ("next_token_loss", "nats a token")), strict=True):
+    """Of each run by step: MaxVio of its batches, means of ten steps, and its loss on held-out text."""
+    for panel, (split, name, quantity, width) in zip(axes, (
+            ("train", "load_violation", "MaxVio, mean of layers", 10),
+            ("validation", "loss", "nats a token, held out", 1)), strict=True):
         series = {}
         for run, lines in runs.items():
-            steps, values = column([line for line in lines if line["split"] == "train"], name)
-            series[run] = steps, smooth(values)
+            steps, values = column([line for line in lines if line["split"] == split], name)
+            series[run] = steps, smooth(values, width)
         plots.lines(panel, series, "step", quantity)
+    axes[0].set_ylim(0)
+
+
+def draw_figures(axes, rows: list[Row], unit: str) -> None:
+    """Bars of what one quantity is in each arm of a table of results/, the paper's beside ours."""
+    chosen = compared([row for row in of_unit(rows, unit) if not row.verdict])
+    plots.bars(axes, chosen["labels"], chosen["series"], unit, chosen["digits"])
+
+
+def said(rows: list[Row], unit: str) -> str:
+    """The verdicts of a table on the differences of one quantity, a line each."""
+    return "\n".join(f"{row.what:<46}{row.cells()[1]:<30}{row.verdict}" for row in of_unit(rows, unit) if row.verdict)

@@ -6,12 +6,18 @@ import re
 from pathlib import Path
 
 from research import plots
+from research.tables.runner import Row, rows_of
 
 
 def read(folder: str) -> dict[str, dict]:
     """{name: what `research.tables` wrote} of every table in the folder, in alphabetical order."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))}
     return {name: table for name, table in found.items() if table.get("table") == name}
+
+
+def rows(folder: str, name: str, scale: str = "cpu") -> list[Row]:
+    """One table's rows of one scale."""
+    return rows_of(read(folder)[name]["rows"][scale])
 
 
 def agreement(rows: list[dict]) -> tuple[int, int]:

@@ -122,8 +122,7 @@ def write(name: str, scale: str, rows: list[Row], made: dict, folder: Path) -> N
         kept = kept | {scale: made}
     found = {"table": name, "title": table.TITLE, "source": table.SOURCE, "notes": list(getattr(table, "NOTES", ())),
              "rows": before.get("rows", {}) | {scale: new}, "made": kept}
-    every = {each: [Row(**{key: value for key, value in row.items() if key != "difference"})
-                    for row in found["rows"][each]] for each in SCALES if each in found["rows"]}
+    every = {each: rows_of(found["rows"][each]) for each in SCALES if each in found["rows"]}
     page, picture = folder / f"{name}.md", folder / f"{name}.png"
     text = markdown(found, every, [each for each in scales(table) if each not in every])
     if found == before and picture.exists() and page.exists() and page.read_text() == text:
@@ -158,6 +157,11 @@ def markdown(found: dict, every: dict[str, list[Row]], absent: list[str]) -> str
                   f"Not yet run: `python -m research.tables --table={found['table']} --scale={scale}`."]
     lines += [""] + [f"- {note}" for note in found["notes"]]
     return "\n".join([*lines, "", f"![{found['title']}]({found['table']}.png)", ""])
+
+
+def rows_of(found: list[dict]) -> list[Row]:
+    """The rows that `Row.to_json` wrote."""
+    return [Row(**{name: value for name, value in row.items() if name != "difference"}) for row in found]
 
 
 def _read(path: Path) -> dict:

@@ -9,6 +9,9 @@ from research.accounting.statement import Terms, account
 from research.tables.runner import published
 from research.tables.v3_cost import analytic
 
+BATCH = 15360  # V3's sequences of a step
+H800 = "GB a device (logarithmic; an H800 has 80)"
+
 
 def published_stages() -> list:
     """V3's Table 1: rows of the paper's figure and ours."""
@@ -45,6 +48,27 @@ def hours(flops_per_token: float, gpu: str, mfu: float, tokens: float) -> float:
     return cost.gpu_hours(tokens, speed)
 
 
+def device(data: int, expert: int, pipeline: int, recipe: str = "fp8_deepseek") -> dict[str, float]:
+    """Bytes of one device, by part, that trains DeepSeek-V3 on such a mesh: V3's batch, one row at a time."""
+    pieces = BATCH // (data * expert)
+    settings = published("deepseek_v3", f"mesh.data={data}", f"mesh.expert={expert}", f"mesh.pipeline={pipeline}",
+                         f"training.batch_size={BATCH}", f"training.accumulation_steps={pieces}",
+                         "training.batch_ramp_start=0", f"precision.recipe={recipe}")
+    return memory.of_device(settings, True)
+
+
+def draw_device(axes, found: dict[str, float]) -> None:
+    """Gigabytes of each part, and of all, beside what an H800 has."""
+    plots.bars(axes, list(found), {"a device": [size / 1e9 for size in found.values()]}, H800, 1, log=True)
+    axes.axvline(80, color="black", linestyle="--", linewidth=1)
+
+
+def draw_price(axes, hours_of: dict[str, float], gpu: str) -> None:
+    """A few models' hours."""
+    plots.bars(axes, list(hours_of), {f"{gpu} hours": [found / 1e3 for found in hours_of.values()]},
+               f"thousand {gpu} hours", 0)
+
+
 def draw_stages(axes, rows) -> None:
     """Hours of each stage, the paper's and ours."""
     chosen = [row for row in rows if row.unit == "thousand H800 hours"][:4]
@@ -58,7 +82,7 @@ def draw_mesh(axes, meshes: dict[str, tuple[str, ...]], recipe: str) -> None:
     for name, fields in meshes.items():
         settings = published("deepseek_v3", *fields, f"precision.recipe={recipe}")
         totals[name] = memory.of_device(settings, True)["total"] / 1e9
-    plots.bars(axes, list(totals), {recipe: list(totals.values())}, "GB a device (logarithmic; an H800 has 80)", 0,
+    plots.bars(axes, list(totals), {recipe: list(totals.values())}, H800, 0,
                log=True)
     axes.axvline(80, color="black", linestyle="--", linewidth=1)
 

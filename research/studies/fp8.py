@@ -1,5 +1,6 @@
 """Where FP8's error comes from: tiles, outliers, sums in 14 bits, layers, products; losses, and the bytes it saves."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -16,7 +17,6 @@ from research.data.pipeline import load_corpus, validation_batches
 from research.data.tokenizer import Tokenizer
 from research.interop.weights import checked_weights
 from research.model.transformer import block_inputs, depths
-from research.precision.products import Products
 from research.precision.recipe import RECIPES
 from research.reporting.run import column
 from research.studies.routing import smooth
@@ -111,7 +111,7 @@ class Chain:
 
     def __init__(self, model, settings, variables: dict, batch: dict, recipe: str):
         dense, self.length = depths(settings.model)
-        one = model.clone(products=Products(RECIPES[recipe]),
+        one = model.clone(products=replace(model.products, recipe=RECIPES[recipe]),
                           config=FrozenConfigDict({**model.config, "num_hidden_layers": dense + 1}))
         self.inputs = block_inputs(batch["segments_BT"], batch["positions_BT"], not settings.data.mask_documents)
         self.model, self.variables, self.batch, self.dtype = one, variables, batch, one.products.dtype

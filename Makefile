@@ -6,6 +6,8 @@
 PYTHON ?= $(shell ./.ci/find_python)
 VENV := .venv
 BIN := $(VENV)/bin
+# What is imported is compiled to bytecode when it is: all of it would take most of the time of an installation.
+INSTALL := pip install --quiet --disable-pip-version-check --no-compile
 WORKDIR ?= runs/nano
 PARITY_PYTHON ?= $(PYTHON)
 PARITY_BUILD ?= +cpu
@@ -24,7 +26,7 @@ setup: $(VENV)/ready
 $(VENV)/ready: requirements.txt requirements-dev.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.12 or newer found; install one or name it: make PYTHON=/path/to/python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/$(INSTALL) -r requirements-dev.txt
 	@touch $@
 
 run: setup
@@ -47,7 +49,7 @@ colabs: .venv-colabs/ready
 .venv-colabs/ready: requirements-colabs.txt requirements.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.12 or newer found; install one" >&2; exit 2; }
 	$(PYTHON) -m venv .venv-colabs
-	.venv-colabs/bin/pip install --quiet --disable-pip-version-check -r requirements-colabs.txt
+	.venv-colabs/bin/$(INSTALL) -r requirements-colabs.txt
 	@touch $@
 
 parity: .venv-parity/ready
@@ -55,7 +57,7 @@ parity: .venv-parity/ready
 .venv-parity/ready: requirements-parity.txt
 	$(PARITY_PYTHON) -m venv .venv-parity
 	@sed 's/+cpu/$(PARITY_BUILD)/' requirements-parity.txt >.venv-parity/requirements.txt
-	@.venv-parity/bin/pip install --quiet --disable-pip-version-check --retries 1 -r .venv-parity/requirements.txt || \
+	@.venv-parity/bin/$(INSTALL) --retries 1 -r .venv-parity/requirements.txt || \
 	{ echo "error: no environment for the comparison: torch's CPU build is in https://download.pytorch.org/whl/cpu alone." \
 	"Where that cannot be reached, \`make parity PARITY_BUILD=\` takes PyPI's, a CUDA build of several GB" >&2; exit 2; }
 	@touch $@
@@ -69,13 +71,13 @@ eval-test: .venv-eval/ready
 .venv-eval/ready: requirements-eval.txt requirements.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.12 or newer found; install one" >&2; exit 2; }
 	$(PYTHON) -m venv .venv-eval
-	.venv-eval/bin/pip install --quiet --disable-pip-version-check -r requirements-eval.txt
+	.venv-eval/bin/$(INSTALL) -r requirements-eval.txt
 	@touch $@
 
 .venv-gpu/ready: requirements-gpu.txt requirements.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.12 or newer found; install one" >&2; exit 2; }
 	$(PYTHON) -m venv .venv-gpu
-	.venv-gpu/bin/pip install --quiet --disable-pip-version-check -r requirements-gpu.txt
+	.venv-gpu/bin/$(INSTALL) -r requirements-gpu.txt
 	@touch $@
 
 # Compiles every kernel for an H200, without one.

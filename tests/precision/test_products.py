@@ -1,5 +1,6 @@
 """Which products of a model a recipe quantises, which never, and what the config says of it."""
 
+import functools
 import re
 
 import jax
@@ -153,7 +154,8 @@ def test_names_in_the_config_reach_the_model(monkeypatch):
     assert not seen["swiglu"]
 
 
-def program(monkeypatch, recipe: str) -> str:
+@functools.cache
+def program(recipe: str) -> str:
     """The loss's and its gradient's operations, where all products that a recipe may quantise are one and the same."""
     def linear(self, x, w, name, histories):
         return jnp.dot(x, w.astype(x.dtype))
@@ -164,8 +166,6 @@ def program(monkeypatch, recipe: str) -> str:
     def experts(self, x, gate, up, down, indices, weights, histories):
         return feed_forward(self, x, gate[0], up[0], down[0], {}) * weights.astype(x.dtype)[:, :1]
 
-    for function in (linear, feed_forward, experts):
-        monkeypatch.setattr(Products, function.__name__, function)
     s = tiny.settings(SMALL | {"precision.recipe": recipe})
     model, batch = make_model(s), tiny.batch()
     weights = variable_shapes(model, s)
@@ -174,16 +174,19 @@ def program(monkeypatch, recipe: str) -> str:
         logits, out = apply_model(model, s, params, routing, batch)
         return sum(jnp.sum(part) for part in (logits, *out["mtp_logits"])) + out["balance_loss"]
 
-    made = jax.make_jaxpr(jax.value_and_grad(loss))(weights["params"], weights["routing"])
+    with pytest.MonkeyPatch.context() as patch:
+        for function in (linear, feed_forward, experts):
+            patch.setattr(Products, function.__name__, function)
+        made = jax.make_jaxpr(jax.value_and_grad(loss))(weights["params"], weights["routing"])
     assert all(leaf.dtype == jnp.float32 for leaf in made.out_avals)  # gradients of weights
     return re.sub(r"0x[0-9a-f]+", "", str(made))  # addresses of functions
 
 
 @pytest.mark.parametrize("recipe", QUANTISED)
-def test_all_else_is_the_bfloat16_model(monkeypatch, recipe):
+def test_all_else_is_the_bfloat16_model(recipe):
     """Embedding, head, gate, norms and attention's operators (V3 §3.3.1): operation by operation, both ways."""
-    found = program(monkeypatch, recipe)
-    assert found == program(monkeypatch, "bfloat16") != program(monkeypatch, "float32")
+    found = program(recipe)
+    assert found == program("bfloat16") != program("float32")
     assert "bf16[" in found and "f8" not in found and "u8[" not in found
 
 

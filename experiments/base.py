@@ -219,7 +219,8 @@ def get_distillation_config() -> ConfigDict:
     u.response_field = "response"  # reasoning, </think>, answer
 
     c.logits = g = ConfigDict()  # method="logits": the teacher's distributions at the tokens of the kept samples
-    g.direction = "forward"  # forward: KL(teacher || student) | reverse
+    g.direction = "forward"  # forward: KL(teacher || student) | reverse | jensen_shannon, between them
+    g.beta = 0.5  # of jensen_shannon: the teacher's weight in the mixture (2306.13649 Eq. 1)
     g.temperature = 1.0
     g.top_k = 16  # tokens stored of each position; the rest counts as one class
 

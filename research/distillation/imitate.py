@@ -60,7 +60,8 @@ def imitation_loss(trained, routing, batch, total, pieces: int, weight, model, s
     logits_BTV, out = apply_model(model, settings, trained["params"], routing, batch, trained["amax"])
     share = jnp.sum(batch["mask_BT"]) / total
     divergence = share * divergence_from_top(logits_BTV, {name: batch[name] for name in _NAMES}, batch["mask_BT"],
-                                             direction=logits.direction, temperature=logits.temperature)
+                                             direction=logits.direction, beta=logits.beta,
+                                             temperature=logits.temperature)
     balance = out["balance_loss"] / pieces
     main, _ = token_losses(logits_BTV, (), batch)
     loss = divergence + balance

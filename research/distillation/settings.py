@@ -17,8 +17,9 @@ from research.errors import RequestError, nearest
 from research.experiment import flatten
 
 METHODS = ("reference", "reinforced", "distilled", "unverified", "logits")
+DIRECTIONS = ("forward", "reverse", "jensen_shannon")  # distillation.logits', which knows JAX, as this file does not
 CHOICES = {"method": METHODS, "template": tuple(TEMPLATES), "reinforcement.form": ("token", "sequence"),
-           "logits.direction": ("forward", "reverse")}
+           "logits.direction": DIRECTIONS}
 AT_LEAST = {
     0: ("cold_start.problems", "cold_start.student_steps", "reinforcement.teacher_steps",
         "reinforcement.student_steps", "reinforcement.kl_weight", "reinforcement.clip",
@@ -93,6 +94,9 @@ def check(chosen: ConfigDict) -> Settings:
     for name in ("reinforcement.warmup_fraction", "task.test_fraction"):
         if not 0 <= given[name] <= 1:
             raise RequestError.field(name, given[name], "must be between 0 and 1")
+    for name in ("logits.beta",):
+        if not 0 < given[name] < 1:
+            raise RequestError.field(name, given[name], "must be above 0 and below 1")
     models = {name: _model(groups, name) for name in ("teacher", "student")}
     _check_rows(given)
     plain = {f.name: groups[f.name] for f in dataclasses.fields(Settings) if f.name in groups} | models

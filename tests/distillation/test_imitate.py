@@ -7,7 +7,7 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 from research.distillation import imitate
-from research.distillation.logits import divergence, keep_top
+from research.distillation.logits import DIRECTIONS, divergence, keep_top
 from tests import tiny
 
 V = tiny.VOCABULARY
@@ -24,11 +24,12 @@ def tables(monkeypatch):
 
 def loss(params, batch, pieces=1, total=None, **config):
     total = batch["mask_BT"].sum() if total is None else total
+    logits = FrozenConfigDict({"direction": "forward", "beta": 0.3, "temperature": 2.0} | config)
     return imitate.imitation_loss({"params": params, "amax": {}}, {}, batch, total, pieces, 0.0, None, None,
-                                  logits=FrozenConfigDict({"direction": "forward", "temperature": 2.0} | config))
+                                  logits=logits)
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_with_all_tokens_kept_it_is_the_divergence(tables, direction):
     student, teacher, batch = tables
     batch |= keep_top(teacher[batch["tokens_BT"]], V, 2.0)
@@ -36,7 +37,7 @@ def test_with_all_tokens_kept_it_is_the_divergence(tables, direction):
 
     def expected(student):
         return divergence(student[batch["tokens_BT"]], teacher[batch["tokens_BT"]], batch["mask_BT"],
-                          direction=direction, temperature=2.0)
+                          direction=direction, beta=0.3, temperature=2.0)
 
     wanted, wanted_gradient = jax.value_and_grad(expected)(student)
     np.testing.assert_allclose(value, wanted + 0.25, rtol=1e-5)

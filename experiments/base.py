@@ -155,7 +155,8 @@ def get_distillation_config() -> ConfigDict:
     """
     c = ConfigDict()
     c.seed = 0  # of all draws that have no other seed below
-    c.method = "distilled"  # what the student learns from: reference | reinforced | distilled | unverified | logits
+    # what the student learns from: reference | reinforced | distilled | unverified | logits | on_policy
+    c.method = "distilled"
     c.template = "plain"  # of prompts: plain | deepseek (R1's chat template and its directive for mathematics)
     c.checker_timeout = 5.0  # seconds an answer, at most
 
@@ -180,7 +181,9 @@ def get_distillation_config() -> ConfigDict:
     k.problems = 500  # of the training problems, whose solutions are shown; 0: no cold start
     k.student_steps = 300  # the teacher's are teacher.training.steps; 0: the student begins as it is
 
-    c.reinforcement = r = ConfigDict()  # GRPO, of the teacher and of the student with method="reinforced"
+    # GRPO, of the teacher and of the student with method="reinforced"; with method="on_policy" the student draws by
+    # questions, group_size, minibatches, epochs, max_tokens and temperature
+    c.reinforcement = r = ConfigDict()
     r.teacher_steps = 100  # updates; 0: the cold start is the teacher
     r.student_steps = 100
     r.learning_rate = 1e-4  # constant after the warm-up
@@ -223,6 +226,11 @@ def get_distillation_config() -> ConfigDict:
     g.beta = 0.5  # of jensen_shannon: the teacher's weight in the mixture (2306.13649 Eq. 1)
     g.temperature = 1.0
     g.top_k = 16  # tokens stored of each position; the rest counts as one class
+
+    c.on_policy = p = ConfigDict()  # method="on_policy": the teacher's distributions at the student's own samples
+    p.steps = 120  # updates, with the student's own optimizer
+    p.direction = "reverse"  # reverse: KL(student || teacher) | forward | jensen_shannon
+    p.beta = 0.5  # of jensen_shannon, as logits.beta
 
     c.evaluation = e = ConfigDict()
     e.checkpoint = ""  # who is evaluated besides, a workdir or a Hugging Face folder; then of this workdir nobody

@@ -25,13 +25,14 @@ Cost: 8 to 12 minutes a seed on one of two cores that did other work beside it.
 
 from experiments import base
 
-SWEEP = {name: {"method": name} for name in ("reference", "reinforced", "distilled", "unverified", "logits")} | {
+SWEEP = {name: {"method": name} for name in (
+    "reference", "reinforced", "distilled", "unverified", "logits", "on_policy")} | {
     f"problems_{number}": {"sampling.problems": number} for number in (320, 1280)}
 SMOKE = {
     "task.count": 200, "task.operations": 1, "task.modulus": 0,
     "cold_start.problems": 120, "cold_start.student_steps": 20,
     "reinforcement.teacher_steps": 4, "reinforcement.student_steps": 4, "reinforcement.questions": 4,
-    "reinforcement.group_size": 4,
+    "reinforcement.group_size": 4, "on_policy.steps": 4,
     "sampling.batch_size": 16, "sampling.problems": 0,
     "evaluation.samples": 2, "evaluation.batch_size": 16,
     "teacher.model.hidden_size": 64, "teacher.model.intermediate_size": 128, "teacher.model.num_hidden_layers": 1,

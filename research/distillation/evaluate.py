@@ -12,7 +12,7 @@ from research import environment, plots
 from research.accounting import flops, parameters
 from research.distillation import estimates as estimate
 from research.distillation.sample import Sample
-from research.distillation.settings import METHODS, Settings
+from research.distillation.settings import DRAWING, METHODS, Settings
 from research.distillation.tasks import Problem
 from research.distillation.template import final_answer, well_formed
 from research.distillation.verify import Checker
@@ -25,7 +25,8 @@ NAMES = ("cold_start", "teacher", "base", *METHODS)  # of models' folders, in th
 _WHAT = {"cold_start": "teacher after worked solutions", "teacher": "teacher after reinforcement",
          "base": "student after worked solutions", "reference": "student, reference answers without reasoning",
          "reinforced": "student, reinforced itself", "distilled": "student, verified samples",
-         "unverified": "student, samples as they came", "logits": "student, the teacher's logits"}
+         "unverified": "student, samples as they came", "logits": "student, the teacher's logits",
+         "on_policy": "student, the teacher's distributions at what it says itself"}
 
 
 def estimates(samples: dict[str, list[Sample]], problems: Sequence[Problem], checker: Checker) -> dict:
@@ -56,34 +57,36 @@ def estimates(samples: dict[str, list[Sample]], problems: Sequence[Problem], che
 
 
 def facts(folder: Path, settings, step: int | None) -> dict:
-    """Of a model: its size, where it stands, and the floating-point operations of the run that made it.
+    """Of a model: its size, where it stands, and the floating-point operations of the run that made it, its own and
+    those of the teacher that scored its rollouts.
 
     Passes over whole rows, padding included, count as the account counts training; a rollout, of the tokens read and
     drawn, and a pass that scores count a third of that a token, a forward pass.
     """
-    per_token, trained, forward = flops.training_per_token(settings), 0.0, 0.0
+    per_token, trained, forward, teacher = flops.training_per_token(settings), 0.0, 0.0, 0.0
     for line in read_lines(folder / "metrics.jsonl"):
         if line["split"] == "train":
             trained = line["tokens"]
             forward += line.get("forward_tokens", 0)
+            teacher += line.get("teacher_flops", 0)
     return {"parameters": parameters.count(settings)["total"], "step": step,
-            "flops": (trained + forward / 3) * per_token}
+            "flops": (trained + forward / 3) * per_token, "teacher_flops": teacher}
 
 
 def table(found: dict, evaluation) -> str:
     """A Markdown table, a line for each model, and one for what a paper says; evaluation: the config's group."""
-    rows = ["| model | parameters | pass@1 (95%) | pass@k | cons@k | greedy | tokens | ended | training, TFLOP |",
-            "|---|---|---|---|---|---|---|---|---|"]
+    rows = ["| model | parameters | pass@1 (95%) | pass@k | cons@k | greedy | tokens | ended | training, TFLOP | "
+            "its teacher's, TFLOP |", "|---|---|---|---|---|---|---|---|---|---|"]
     for name, x in found.items():
         one, greedy = x["pass_at_1"], f"{x['greedy']['value']:.1%}" if "greedy" in x else ""
         rows.append(
             f"| {name} | {x['parameters'] / 1e6:,.2f}M | {one['value']:.1%} ({one['low']:.1%}-{one['high']:.1%}) | "
             f"{x['pass_at_k']:.1%} | {x['cons_at_k']:.1%} | {greedy} | {x['tokens']:.1f} | {x['ended']:.1%} | "
-            f"{x['flops'] / 1e12:,.1f} |")
+            f"{x['flops'] / 1e12:,.1f} | " + (f"{x['teacher_flops'] / 1e12:,.1f} |" if x["teacher_flops"] else "|"))
     if evaluation.published:
         one, votes = (f"{value:.1f}%" if value else "" for value in (evaluation.published_pass_at_1,
                                                                     evaluation.published_cons_at_k))
-        rows.append(f"| {evaluation.published}, published | | {one} | | {votes} | | | | |")
+        rows.append(f"| {evaluation.published}, published | | {one} | | {votes} | | | | | |")
     return "\n".join(rows)
 
 
@@ -95,7 +98,8 @@ def write(workdir: Path, settings: Settings, found: dict, problems: int) -> None
     text += [f"{problems:,} problems of the test, k = {k} responses to each at temperature "
              f"{settings.evaluation.temperature:g} and top-p {settings.evaluation.top_p:g}, up to "
              f"{settings.evaluation.max_tokens:,} tokens. The training column is of each model's own run, rollouts "
-             "included, without what it started from.\n", table(found, settings.evaluation) + "\n"]
+             "included, without what it started from; the last one is of the teacher, where it scored rollouts.\n",
+             table(found, settings.evaluation) + "\n"]
     text += ["\n".join(f"- {name}: {_WHAT[name]}" for name in found if name in _WHAT) + "\n"]
     text += _pictures(workdir, found) + _samples(workdir) + _made(settings)
     write_whole(workdir / "report.md", "\n".join(text))
@@ -113,7 +117,7 @@ def _pictures(workdir: Path, found: dict) -> list[str]:
                height=0.9 + 0.45 * len(found))
     text = ["![Accuracy](accuracy.png)\n"]
     curves = {}
-    for name in ("teacher", "reinforced"):
+    for name in ("teacher", *DRAWING):
         lines = [line for line in read_lines(workdir / name / "metrics.jsonl") if "reward" in line]
         if name in found and lines:
             steps, rewards = [line["step"] for line in lines], [line["reward"] for line in lines]

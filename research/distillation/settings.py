@@ -16,17 +16,18 @@ from research.distillation.template import TEMPLATES, Template
 from research.errors import RequestError, nearest
 from research.experiment import flatten
 
-METHODS = ("reference", "reinforced", "distilled", "unverified", "logits")
+METHODS = ("reference", "reinforced", "distilled", "unverified", "logits", "on_policy")
+DRAWING = ("reinforced", "on_policy")  # methods whose student learns from what it says itself
 DIRECTIONS = ("forward", "reverse", "jensen_shannon")  # distillation.logits', which knows JAX, as this file does not
 CHOICES = {"method": METHODS, "template": tuple(TEMPLATES), "reinforcement.form": ("token", "sequence"),
-           "logits.direction": DIRECTIONS}
+           "logits.direction": DIRECTIONS, "on_policy.direction": DIRECTIONS}
 AT_LEAST = {
     0: ("cold_start.problems", "cold_start.student_steps", "reinforcement.teacher_steps",
         "reinforcement.student_steps", "reinforcement.kl_weight", "reinforcement.clip",
         "reinforcement.reference_every", "sampling.problems", "evaluation.problems", "task.count"),
     1: ("reinforcement.questions", "reinforcement.minibatches", "reinforcement.epochs", "reinforcement.max_tokens",
-        "sampling.samples", "sampling.batch_size", "sampling.max_tokens", "logits.top_k", "evaluation.samples",
-        "evaluation.batch_size", "evaluation.max_tokens"),
+        "sampling.samples", "sampling.batch_size", "sampling.max_tokens", "logits.top_k", "on_policy.steps",
+        "evaluation.samples", "evaluation.batch_size", "evaluation.max_tokens"),
     2: ("reinforcement.group_size",),
 }
 POSITIVE = ("checker_timeout", "reinforcement.learning_rate", "reinforcement.temperature", "logits.temperature")
@@ -47,6 +48,7 @@ class Settings:
     rejection: Limits
     tuning: FrozenConfigDict
     logits: FrozenConfigDict
+    on_policy: FrozenConfigDict
     evaluation: FrozenConfigDict
     teacher: config.Settings
     student: config.Settings
@@ -94,7 +96,7 @@ def check(chosen: ConfigDict) -> Settings:
     for name in ("reinforcement.warmup_fraction", "task.test_fraction"):
         if not 0 <= given[name] <= 1:
             raise RequestError.field(name, given[name], "must be between 0 and 1")
-    for name in ("logits.beta",):
+    for name in ("logits.beta", "on_policy.beta"):
         if not 0 < given[name] < 1:
             raise RequestError.field(name, given[name], "must be above 0 and below 1")
     models = {name: _model(groups, name) for name in ("teacher", "student")}

@@ -23,10 +23,10 @@ from research.data.sources import Document
 from research.data.tokenizer import Tokenizer, build
 from research.decoding.generate import Decoder
 from research.decoding.sampling import Sampling
-from research.distillation import evaluate, imitate, reinforce, rejection, tasks
+from research.distillation import evaluate, imitate, on_policy, reinforce, rejection, rollouts, tasks
 from research.distillation.finetune import Examples
 from research.distillation.sample import Plan, read, sample
-from research.distillation.settings import Settings, named
+from research.distillation.settings import DRAWING, Settings, named
 from research.distillation.tasks import Problem
 from research.distillation.verify import Checker
 from research.errors import RequestError
@@ -84,14 +84,15 @@ class Pipeline:
         s = self.settings
         if "teacher" in stages:
             self._starts("teacher", s.reinforcement.teacher_steps)
-        if "student" in stages and s.method == "reinforced":
+        if "student" in stages and s.method in DRAWING:
             self._starts("student", s.reinforcement.student_steps)
         samples, verified = self.workdir / "samples.jsonl", self.workdir / "verified.jsonl"
         needs = {"sample": [] if s.sampling.checkpoint else [(self.teacher_folder / "checkpoints", "teacher")],
                  "verify": [(samples, "sample")],
                  "student": [] if s.tuning.files else {
                      "distilled": [(verified, "verify")], "unverified": [(samples, "sample")],
-                     "logits": [(verified, "verify"), (self._sampled / "", "teacher")]}.get(s.method, [])}
+                     "logits": [(verified, "verify"), (self._sampled, "teacher")],
+                     "on_policy": [(self._sampled, "teacher")]}.get(s.method, [])}
         for path, stage in needs.get(stages[0], []):
             if not path.exists():
                 raise RequestError(f"--stage={stages[0]} needs {path}, which --stage={stage} writes")
@@ -142,6 +143,8 @@ class Pipeline:
         start = self._cold_start("student", "base", s.cold_start.student_steps)
         if s.method == "reinforced":
             self._reinforce("student", s.method, s.reinforcement.student_steps, start)
+        elif s.method == "on_policy":
+            self._distil_on_policy(start)
         else:
             self._tune("student", s.method, s.student.training.steps, start, self._pairs())
         return f"student: {self.workdir / s.method}"
@@ -246,25 +249,51 @@ class Pipeline:
         """Reinforces a model from the weights in `start`, in DIR/folder."""
         if self._done(folder, steps):
             return
-        reinforcement = self.settings.reinforcement
+        r = self.settings.reinforcement
         with named(name):
-            settings = reinforce.settings_of(getattr(self.settings, name), reinforcement, steps, start)
-            rollouts = reinforce.Rollouts(self.training, self._tokenizer(settings, start), self.settings.template,
-                                          self.checker, reinforcement, settings, self.workdir / folder / "references")
-            loop.train(settings, self.workdir / folder, corpus=rollouts, evaluate=rollouts.evaluate,
-                       loss=partial(reinforce.policy_loss, reinforcement=reinforcement))
+            settings = reinforce.settings_of(getattr(self.settings, name), r, steps, start)
+            rewards = reinforce.Rewards(r, settings, self.workdir / folder / "references")
+            self._learn(folder, self._rollouts(settings, start, rewards),
+                        partial(reinforce.policy_loss, reinforcement=r))
 
-    def _teacher_logits(self, examples: Examples, settings) -> dict:
+    def _distil_on_policy(self, start: str) -> None:
+        """Trains the student on what it says itself, from the weights in `start`, in DIR/on_policy."""
+        s = self.settings
+        if self._done("on_policy", s.on_policy.steps):
+            return
+        with named("student"):
+            settings = rollouts.settings_of(s.student, s.reinforcement, s.on_policy.steps, start)
+            theirs, model, variables = self._teacher_of(self._tokenizer(settings, start), settings)
+            teacher = on_policy.Teacher(model, theirs, variables, s.reinforcement.minibatches)
+            drawn = self._rollouts(settings, start, teacher)
+            drawn.check(model)
+            self._learn("on_policy", drawn, partial(
+                on_policy.on_policy_loss, on_policy=s.on_policy, reinforcement=s.reinforcement,
+                teacher_flops=teacher.flops_per_token))
+
+    def _rollouts(self, settings, start: str, scoring: rollouts.Scoring) -> rollouts.Rollouts:
+        return rollouts.Rollouts(self.training, self._tokenizer(settings, start), self.settings.template, self.checker,
+                                 self.settings.reinforcement, settings, scoring)
+
+    def _learn(self, folder: str, drawn: rollouts.Rollouts, loss) -> None:
+        loop.train(drawn.settings, self.workdir / folder, corpus=drawn, evaluate=drawn.evaluate, loss=loss)
+
+    def _teacher_of(self, tokenizer: Tokenizer, settings):
+        """(settings, model, variables) of the teacher of a student with this tokenizer and these settings; RequestError
+        where its distributions are not over the student's tokens."""
+        method = self.settings.method
         theirs, model, variables = checked_weights(self._sampled)
-        tokenizer = Tokenizer.load(self._sampled)
-        if tokenizer.hash != examples.tokenizer.hash:
-            raise RequestError.field("method", "logits", "needs one tokenizer for both models: a distribution over the "
+        if Tokenizer.load(self._sampled).hash != tokenizer.hash:
+            raise RequestError.field("method", method, "needs one tokenizer for both models: a distribution over the "
                                      f"tokens of {self._sampled} says nothing of the student's; the method 'distilled' "
                                      "learns from texts")
         if theirs.model.vocab_size != settings.with_vocabulary(tokenizer.vocab_size).model.vocab_size:
-            raise RequestError.field("method", "logits", "needs config.student.model.vocab_size="
+            raise RequestError.field("method", method, "needs config.student.model.vocab_size="
                                      f"{theirs.model.vocab_size}, the teacher's")
-        theirs = dataclasses.replace(theirs, data=settings.data)  # rows are as long as the student's
+        return dataclasses.replace(theirs, data=settings.data), model, variables  # rows are as long as the student's
+
+    def _teacher_logits(self, examples: Examples, settings) -> dict:
+        theirs, model, variables = self._teacher_of(examples.tokenizer, settings)
         step = Checkpoints(self._sampled / "checkpoints", 1, 0).newest_intact()
         return imitate.store(self.workdir / "logits_of_teacher", examples, model, theirs, variables,
                              self.settings.logits, settings.training.batch_size, f"{self._sampled} {step}")

@@ -36,7 +36,7 @@ class Run(Trained):
         s = self.settings
         return {"cold_start": s.teacher.training.steps, "teacher": s.reinforcement.teacher_steps,
                 "base": s.cold_start.student_steps, "reinforced": s.reinforcement.student_steps,
-                }.get(self.workdir.name, s.student.training.steps)
+                "on_policy": s.on_policy.steps}.get(self.workdir.name, s.student.training.steps)
 
 
 def plan(study: Study, sizes: Iterable[str], seeds: Iterable[int], fields: Iterable[str], folder: Path) -> list[Run]:

@@ -50,17 +50,21 @@ def test_equal_answers_vote_together(check, reference, answers, cons):
 
 def test_a_rollouts_operations_are_counted_with_the_updates(tmp_path):
     s = tiny.settings(tiny.DENSE)
-    lines = [{"step": 1, "split": "train", "tokens": 100, "forward_tokens": 60},
-             {"step": 2, "split": "train", "tokens": 200, "forward_tokens": 90}, {"step": 2, "split": "validation"}]
+    lines = [{"step": 1, "split": "train", "tokens": 100, "forward_tokens": 60, "teacher_flops": 3e9},
+             {"step": 2, "split": "train", "tokens": 200, "forward_tokens": 90, "teacher_flops": 4e9},
+             {"step": 2, "split": "validation"}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert evaluate.facts(tmp_path, s, 2)["flops"] == (200 + 150 / 3) * flops.training_per_token(s)
-    assert evaluate.facts(tmp_path / "nowhere", s, None)["flops"] == 0
+    found = evaluate.facts(tmp_path, s, 2)
+    assert found["flops"] == (200 + 150 / 3) * flops.training_per_token(s) and found["teacher_flops"] == 7e9
+    found = evaluate.facts(tmp_path / "nowhere", s, None)
+    assert found["flops"] == found["teacher_flops"] == 0
 
 
 def test_the_paper_has_its_row(found):
     evaluation = SimpleNamespace(published="Theirs", published_pass_at_1=28.9, published_cons_at_k=0.0)
-    row = found | {"parameters": 5, "step": 1, "flops": 2e12}
-    table = evaluate.table({"ours": row}, evaluation).splitlines()
-    assert len({line.count("|") for line in table}) == 1 and len(table) == 4
-    assert table[-2].startswith("| ours | 0.00M | 50.0% (") and table[-2].endswith("| 83.3% | 2.0 |")
-    assert table[-1] == "| Theirs, published | | 28.9% | |  | | | | |"
+    row = found | {"parameters": 5, "step": 1, "flops": 2e12, "teacher_flops": 0.0}
+    table = evaluate.table({"ours": row, "on_policy": row | {"teacher_flops": 3e12}}, evaluation).splitlines()
+    assert len({line.count("|") for line in table}) == 1 and len(table) == 5
+    assert table[2].startswith("| ours | 0.00M | 50.0% (") and table[2].endswith("| 83.3% | 2.0 | |")
+    assert table[3].endswith("| 83.3% | 2.0 | 3.0 |")
+    assert table[-1] == "| Theirs, published | | 28.9% | |  | | | | | |"

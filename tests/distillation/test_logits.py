@@ -104,4 +104,4 @@ def test_the_teacher_gets_no_gradient_and_an_unknown_direction_is_refused(pair):
 
 
 def test_the_config_offers_every_direction():
-    assert {settings.CHOICES[f"{group}.direction"] for group in ("logits",)} == {DIRECTIONS}
+    assert {settings.CHOICES[f"{group}.direction"] for group in ("logits", "on_policy")} == {DIRECTIONS}

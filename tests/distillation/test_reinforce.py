@@ -9,7 +9,7 @@ import pytest
 
 from research.data.tokenizer import Tokenizer, _bytes
 from research.decoding.generate import Generation
-from research.distillation import grpo, reinforce
+from research.distillation import grpo, reinforce, rollouts
 from research.distillation.tasks import Problem
 from research.distillation.template import TEMPLATES
 from research.distillation.verify import Checker
@@ -37,10 +37,12 @@ class Scripted:
         return Generation(rows, 1, [], 0.0, 1.0)
 
 
-def rollouts(config=CONFIG, folder=None, **changes):
+def drawing(config=CONFIG, folder=None, scoring=None, **changes):
+    """(settings, rollouts of `PROBLEMS`); scoring: None is by rewards."""
     s = tiny.settings(tiny.DENSE | {"model.vocab_size": 320, "model.max_position_embeddings": 64,
                                     "data.validation_fraction": 0.1} | changes)
-    return s, reinforce.Rollouts(PROBLEMS, TOKENIZER, TEMPLATES["plain"], Checker(1.0), config, s, folder)
+    return s, rollouts.Rollouts(PROBLEMS, TOKENIZER, TEMPLATES["plain"], Checker(1.0), config, s,
+                                scoring or reinforce.Rewards(config, s, folder))
 
 
 def state_of(mark: float) -> dict:
@@ -50,8 +52,8 @@ def state_of(mark: float) -> dict:
 @pytest.fixture
 def scripted(monkeypatch):
     """A decoder by its script; scores are the weights' mark, of the first ones -7."""
-    monkeypatch.setattr(reinforce, "initial_variables", lambda model, settings: {"params": {"w": -7.0}, "routing": {}})
-    monkeypatch.setattr(reinforce, "Decoder", lambda *_: Scripted([
+    monkeypatch.setattr(rollouts, "initial_variables", lambda model, settings: {"params": {"w": -7.0}, "routing": {}})
+    monkeypatch.setattr(rollouts, "Decoder", lambda *_: Scripted([
         ("t</think>\\boxed{0}", True), ("t</think>\\boxed{1}", True), ("t</think>\\boxed{0}", False),
         ("?", True), ("?", True), ("?", False)]))
     monkeypatch.setattr(reinforce, "token_logp", lambda variables, batch, **_: jnp.full(
@@ -61,7 +63,7 @@ def scripted(monkeypatch):
 @pytest.fixture
 def drawn(scripted):
     """(rollouts, their batches, a state of marked weights)."""
-    s, found = rollouts()
+    s, found = drawing()
     found.problems = [PROBLEMS[0], PROBLEMS[0]]  # two questions of the answer 0
     return found, found.train_batches(s), state_of(-1.0)
 
@@ -105,7 +107,7 @@ def test_the_next_batch_is_of_the_policy_as_it_is_then(drawn):
 def references(folder, steps, start=0, **changes) -> list[float]:
     """The marks of the references of updates `start` + 1 to `steps`, whose policies' marks are -1, -2, ..."""
     config = SimpleNamespace(**CONFIG.__dict__ | {"reference_every": 2, "epochs": 1})  # two updates a batch
-    s, found = rollouts(config, folder, **changes)
+    s, found = drawing(config, folder, **changes)
     batches = found.train_batches(s)
     if start:
         batches.set_state(batches.get_state() | {"step": start})
@@ -128,22 +130,22 @@ def test_references_behind_the_checkpoints_are_removed(scripted, tmp_path):
 
 
 def test_questions_come_in_turn_each_epoch_in_another_order():
-    found = [p.question for p in reinforce._in_turn(PROBLEMS, 0, 27, 0)]
+    found = [p.question for p in rollouts._in_turn(PROBLEMS, 0, 27, 0)]
     epochs = [found[:9], found[9:18], found[18:]]
     assert all(sorted(epoch) == sorted(p.question for p in PROBLEMS) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert [p.question for p in reinforce._in_turn(PROBLEMS, 5, 9, 0)] == found[5:14]
+    assert [p.question for p in rollouts._in_turn(PROBLEMS, 5, 9, 0)] == found[5:14]
 
 
 def test_no_problem_is_learned_from_and_held_out():
-    _, found = rollouts(**{"data.validation_fraction": 0.4})
+    _, found = drawing(**{"data.validation_fraction": 0.4})
     sides = [{p.digest for p in side} for side in (found.problems, found.held_out)]
     assert all(sides) and not sides[0] & sides[1] and len(sides[0] | sides[1]) == 9
 
 
 def test_a_response_that_has_no_room_is_refused(monkeypatch):
-    monkeypatch.setattr(reinforce, "initial_variables", None)
-    s, found = rollouts(**{"model.max_position_embeddings": 32})
+    monkeypatch.setattr(rollouts, "initial_variables", None)
+    s, found = drawing(**{"model.max_position_embeddings": 32})
     with pytest.raises(RequestError, match=r"config\.reinforcement: prompt 1 .* more than max_position_embeddings=32"):
         found.train_batches(s)
 

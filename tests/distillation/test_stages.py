@@ -13,7 +13,8 @@ import pytest
 from experiments import base
 from research import distill, experiment, plots
 from research.command import Stopped
-from research.distillation import reinforce, sample, stages
+from research.data.tokenizer import Tokenizer, _bytes
+from research.distillation import rollouts, sample, stages
 from research.distillation.settings import check
 from research.distillation.template import final_answer
 from research.errors import RequestError
@@ -33,6 +34,8 @@ TINY = {f"{name}.{field}": value for name in ("teacher", "student") for field, v
     "reinforcement.max_tokens": 24, "sampling.max_tokens": 24, "sampling.samples": 2, "sampling.problems": 40,
     "evaluation.samples": 2, "evaluation.max_tokens": 24, "evaluation.greedy": False,
 }
+
+ON_POLICY = {"method": "on_policy", "on_policy.steps": 3}
 
 
 def settings(**changes):
@@ -149,7 +152,7 @@ def test_a_killed_sampling_goes_on_without_loss_or_repetition(copy):
 
 def test_a_stopped_reinforcement_goes_on_as_if_it_had_not_been(whole, copy, monkeypatch):
     shutil.rmtree(copy / "teacher")
-    batch = reinforce.Rollouts.batch
+    batch = rollouts.Rollouts.batch
 
     def stopped(self, step, state):
         if step == 4:
@@ -157,7 +160,7 @@ def test_a_stopped_reinforcement_goes_on_as_if_it_had_not_been(whole, copy, monk
         return batch(self, step, state)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(reinforce.Rollouts, "batch", stopped)
+        patch.setattr(rollouts.Rollouts, "batch", stopped)
         run(copy, "teacher")
     assert [line["step"] for line in runs.lines(copy / "teacher")] == [1, 2, 3, 4]
     run(copy, "teacher")
@@ -174,6 +177,9 @@ def test_a_stopped_reinforcement_goes_on_as_if_it_had_not_been(whole, copy, monk
     ("student", {"method": "reinforced", "cold_start.student_steps": 0},
      r"config\.cold_start\.problems=120 leaves the student nothing to start from"),
     ("teacher", {"cold_start.problems": 0}, r"config\.cold_start\.problems=0 leaves the teacher nothing to start from"),
+    ("student", {"method": "on_policy"}, r"--stage=student needs .*teacher, which --stage=teacher writes"),
+    ("student", {"method": "on_policy", "cold_start.problems": 0},
+     r"config\.cold_start\.problems=0 leaves the student nothing to start from"),
     ("evaluate", {}, r"--stage=evaluate needs a model: .* has none"),
 ])
 def test_what_a_stage_lacks_is_said_and_nothing_is_left(tmp_path, stage, changes, message):
@@ -272,6 +278,51 @@ def test_another_tokenizer_learns_from_texts_but_not_from_logits(copy, corpus):
     text = examples.tokenizer.decode(examples.rows.of(range(examples.rows.rows))["tokens_BT"].reshape(-1))
     verified = [json.loads(line)["response"] for line in (copy / "verified.jsonl").read_text().splitlines()]
     assert sum(response in text for response in verified) >= examples.rows.examples > 0
+
+
+def test_a_student_of_other_tokens_does_not_learn_on_policy(copy, corpus):
+    Tokenizer(_bytes()).save(copy / "base/tokenizer.json")
+    with pytest.raises(RequestError, match=r"config\.method='on_policy' needs one tokenizer for both models"):
+        run(copy, "student", method="on_policy")
+
+
+@pytest.fixture(scope="module")
+def on_policy(whole, tmp_path_factory):
+    """A workdir with a student that has learned on policy."""
+    workdir = shutil.copytree(whole[0], tmp_path_factory.mktemp("on_policy") / "run")
+    run(workdir, "student", "evaluate", **ON_POLICY)
+    return workdir
+
+
+def test_a_student_learns_on_policy_and_its_teachers_work_is_told(on_policy):
+    lines = runs.lines(on_policy / "on_policy", "train")
+    assert [line["step"] for line in lines] == [1, 2, 3] and all(line["divergence"] > 0.05 for line in lines)
+    models = json.loads((on_policy / "results.json").read_text())["models"]
+    assert models["on_policy"]["teacher_flops"] == pytest.approx(sum(line["teacher_flops"] for line in lines))
+    assert models["on_policy"]["flops"] > 0 and models["distilled"]["teacher_flops"] == 0
+    assert "\n- on_policy: student, the teacher's distributions" in (on_policy / "report.md").read_text()
+
+
+def test_a_stopped_one_goes_on_as_if_it_had_not_been(on_policy, copy, monkeypatch):
+    batch = rollouts.Rollouts.batch
+
+    def stopped(self, step, state):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(self, step, state)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(rollouts.Rollouts, "batch", stopped)
+        run(copy, "student", **ON_POLICY)
+    assert len(runs.lines(copy / "on_policy")) == 2
+    run(copy, "student", **ON_POLICY)
+    assert runs.differences(copy / "on_policy", on_policy / "on_policy") == ["config.json"]  # the folder it begins from
+
+
+def test_who_is_its_own_teacher_has_nothing_to_learn(copy):
+    run(copy, "student", **ON_POLICY, **{"sampling.checkpoint": copy / "base"})
+    first = runs.lines(copy / "on_policy", "train")[0]
+    assert abs(first["divergence"]) < 1e-6 and first["grad_norm"] < 1e-5 and first["tokens_a_sample"] > 1
 
 
 def test_logits_of_the_teacher_come_with_the_rows(copy, corpus, monkeypatch):

@@ -1,0 +1,129 @@
+"""A student on its own samples: its divergence from the teacher by hand, of the tokens drawn and of no others."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.accounting import flops
+from research.distillation import on_policy, rollouts
+from research.distillation.logits import DIRECTIONS
+from research.errors import RequestError
+from tests import tiny
+from tests.distillation.test_reinforce import CONFIG, PROBLEMS, TOKENIZER, Scripted, drawing, state_of
+
+BETA, TEMPERATURE = 0.3, 0.5
+V = 320
+
+
+@pytest.fixture
+def looked_up(monkeypatch):
+    """Models whose logits are looked up by the last token, with a balance loss of 0.25: (student's, teacher's)."""
+    monkeypatch.setattr(on_policy, "apply_model", lambda model, settings, params, routing, batch, amax=None: (
+        params[batch["tokens_BT"]], {"balance_loss": 0.25, "routing": {"layers": None, "mtp": []}}))
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=(V, V)), jnp.float32) for _ in range(2)]
+
+
+@pytest.fixture
+def batch(looked_up):
+    """Four rows with their teacher's logits; the last one has drawn nothing."""
+    found = tiny.batch(((9,), (7,), (12,), (5,)))
+    found["mask_BT"][:, :2] = False  # the prompt
+    found["mask_BT"][3] = False
+    return found | {"right_B": np.array([1, 0, 1, 0], bool), "formed_B": np.array([1, 1, 1, 0], bool),
+                    "teacher_BTV": looked_up[1][found["tokens_BT"]]}
+
+
+def ours(params, batch, direction="reverse", pieces=1, total=None):
+    total = jnp.maximum(batch["mask_BT"].sum(), 1) if total is None else total
+    return on_policy.on_policy_loss(
+        {"params": params, "amax": {}}, {}, batch, total, pieces, 0.0, None, None, reinforcement=CONFIG,
+        on_policy=SimpleNamespace(direction=direction, beta=BETA), teacher_flops=10.0)
+
+
+def by_hand(student_NV, teacher_NV, direction):
+    """Of the logits at N positions, probabilities themselves."""
+    p, q = (jnp.exp(x / TEMPERATURE) / jnp.exp(x / TEMPERATURE).sum(axis=-1, keepdims=True)
+            for x in (teacher_NV, student_NV))
+    m = BETA * p + (1 - BETA) * q
+    nats_NV = {"forward": p * jnp.log(p / q), "reverse": q * jnp.log(q / p),
+               "jensen_shannon": BETA * p * jnp.log(p / m) + (1 - BETA) * q * jnp.log(q / m)}[direction]
+    return TEMPERATURE**2 * nats_NV.sum(axis=-1).mean()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_loss_is_the_divergence_of_the_tokens_drawn(looked_up, batch, direction):
+    student, teacher = looked_up
+    (value, metrics), gradient = jax.value_and_grad(ours, has_aux=True)(student, batch, direction)
+    states = batch["tokens_BT"][batch["mask_BT"]]
+    wanted, wanted_gradient = jax.value_and_grad(lambda x: by_hand(x[states], teacher[states], direction))(student)
+    np.testing.assert_allclose(value, wanted + 0.25, rtol=1e-5)
+    np.testing.assert_allclose(metrics["divergence"], wanted, rtol=1e-5)
+    tiny.assert_close(gradient, wanted_gradient)
+    assert metrics["accuracy"] == 0.5 and metrics["reward"] == 1.25 and metrics["balance_loss"] == 0.25
+    assert metrics["tokens_a_sample"] == batch["mask_BT"].sum() / 4
+    # two updates share what was read and drawn, 33 tokens of rows, and the teacher's pass over 48 positions
+    assert metrics["forward_tokens"] == 33 / 2 and metrics["teacher_flops"] == 480 / 2
+    halves = [ours(student, jax.tree.map(lambda x, i=i: x[2 * i:2 * i + 2], batch), direction, 2, len(states))
+              for i in (0, 1)]
+    np.testing.assert_allclose(sum(value for value, _ in halves), value, rtol=1e-5)
+    for name in ("reward", "forward_tokens", "teacher_flops", "divergence"):
+        np.testing.assert_allclose(sum(found[name] for _, found in halves), metrics[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_teacher_itself_has_nothing_to_learn(looked_up, batch, direction):
+    (_, metrics), gradient = jax.value_and_grad(ours, has_aux=True)(looked_up[1], batch, direction)
+    assert abs(metrics["divergence"]) < 1e-6 and float(jnp.abs(gradient).max()) < 1e-7
+
+
+def test_where_nothing_was_drawn_nothing_is_learned(looked_up, batch):
+    batch["mask_BT"][:] = False
+    (value, metrics), gradient = jax.value_and_grad(ours, has_aux=True)(looked_up[0], batch)
+    assert value == 0.25 and metrics["divergence"] == 0 and not np.asarray(gradient).any()
+
+
+@pytest.fixture
+def drawn(looked_up, monkeypatch):
+    """(settings, rollouts of a teacher's, their script): a text that ends, one that ends at once, one that is cut."""
+    script = [("ab", True), ("", True), ("abcdefgh"[:CONFIG.max_tokens], False)] * 2
+    monkeypatch.setattr(rollouts, "initial_variables", lambda model, settings: None)
+    monkeypatch.setattr(rollouts, "Decoder", lambda *_: Scripted(script))
+    s, _ = drawing()
+    teacher = on_policy.Teacher(None, s, {"params": looked_up[1], "routing": {}}, CONFIG.minibatches)
+    return *drawing(scoring=teacher), script
+
+
+def test_each_token_drawn_is_compared_after_the_tokens_before_it(looked_up, drawn):
+    """From the texts to the loss: two updates of three rows each."""
+    student, teacher = looked_up
+    s, found, script = drawn
+    found.problems = [PROBLEMS[0], PROBLEMS[0]]
+    batches = found.train_batches(s)
+    batch = batches.take(state_of(-1.0))
+    assert batch["teacher_BTV"].shape == (3, found.length, V)
+    rows = [[*TOKENIZER.encode(text).tolist(), *([TOKENIZER.eos_id] if ended else [])] for text, ended in script[:3]]
+    last = found.prompts[PROBLEMS[0].digest][-1]
+    states = np.array([before for row in rows for before in [last, *row[:-1]]])
+    assert batch["mask_BT"].sum() == len(states) == 3 + 1 + 8
+    np.testing.assert_allclose(ours(student, batch)[1]["divergence"],
+                               by_hand(student[states], teacher[states], "reverse"), rtol=1e-5)
+    record = batches.get_state()
+    with pytest.raises(RequestError, match="has learned from another teacher"):
+        batches.set_state(record | {"teacher": "another"})
+
+
+def test_a_teacher_scores_as_its_model_does_in_parts_as_in_one():
+    s = tiny.settings(tiny.DENSE | {"model.num_hidden_layers": 1})
+    model, variables = tiny.model(s)
+    batch = tiny.batch()
+    one, two = (on_policy.Teacher(model, s, variables, parts) for parts in (1, 2))
+    wanted, _ = model.apply(variables, batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"], False)
+    for teacher in (one, two):
+        np.testing.assert_allclose(teacher.scored(0, {}, batch)["teacher_BTV"], wanted, rtol=1e-5, atol=1e-5)
+    other = jax.tree.map(lambda x: x + 1, variables)
+    assert one.source == two.source != on_policy.Teacher(model, s, other, 1).source
+    assert one.flops_per_token < flops.training_per_token(s) / 2.9

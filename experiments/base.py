@@ -182,7 +182,7 @@ def get_distillation_config() -> ConfigDict:
     k.student_steps = 300  # the teacher's are teacher.training.steps; 0: the student begins as it is
 
     # GRPO, of the teacher and of the student with method="reinforced"; with method="on_policy" the student draws by
-    # questions, group_size, minibatches, epochs, max_tokens and temperature
+    # questions, group_size, minibatches, epochs, max_tokens, temperature and draft_tokens
     c.reinforcement = r = ConfigDict()
     r.teacher_steps = 100  # updates; 0: the cold start is the teacher
     r.student_steps = 100
@@ -194,6 +194,7 @@ def get_distillation_config() -> ConfigDict:
     r.epochs = 1  # over the same batch
     r.max_tokens = 96
     r.temperature = 1.0
+    r.draft_tokens = 0  # of the multi-token modules, at a time; 0: plain. Same distribution, other draws of a seed
     r.form = "token"  # token (DeepSeekMath Eq. 3) | sequence (R1 Eq. 1-3)
     r.clip = 0.2
     r.kl_weight = 0.001  # beta, of the divergence from the reference
@@ -207,6 +208,7 @@ def get_distillation_config() -> ConfigDict:
     s.max_tokens = 96
     s.temperature = 0.6
     s.top_p = 0.95
+    s.draft_tokens = 0  # as reinforcement.draft_tokens
     s.seed = c.get_ref("seed") + 0
 
     c.rejection = j = ConfigDict()

@@ -43,6 +43,11 @@ class Generation:
         return [number / max(self.steps, 1) for number in self.accepted]
 
     @property
+    def drafted(self) -> int:
+        """How many drafts the main model has read."""
+        return self.steps * len(self.accepted)
+
+    @property
     def tokens_per_step(self) -> float:
         """Of one prompt; the first token comes from its prefill."""
         return (sum(map(len, self.tokens)) - len(self.tokens)) / max(self.steps, 1)

@@ -11,7 +11,7 @@ from experiments import base
 from research import environment, plots
 from research.accounting import flops, parameters
 from research.distillation import estimates as estimate
-from research.distillation.sample import Sample
+from research.distillation.sample import Sample, drafting
 from research.distillation.settings import DRAWING, METHODS, Settings
 from research.distillation.tasks import Problem
 from research.distillation.template import final_answer, well_formed
@@ -141,7 +141,7 @@ def _samples(workdir: Path) -> list[str]:
     if (workdir / "sampling.json").exists():
         told = json.loads((workdir / "sampling.json").read_bytes())
         text += ["## Samples\n", f"{told['samples']:,} samples of `{told['from']}`, {told['tokens']:,} tokens, "
-                 f"{told['tokens_per_second']:,.0f} tokens/s.\n"]
+                 f"{told['tokens_per_second']:,.0f} tokens/s{drafting(told)}.\n"]
     if (workdir / "verification.json").exists():
         told = json.loads((workdir / "verification.json").read_bytes())
         rates = np.array(list(told["pass_rate"].values()))

@@ -71,15 +71,18 @@ class Rollouts:
 
     def check(self, model: Any) -> None:
         """RequestError where a model cannot read all of the prompts with their responses."""
+        self._check(model, 0)
+
+    def _check(self, model: Any, draft_tokens: int) -> None:
         try:
-            check_request(model, list(self.prompts.values()), self.config.max_tokens, 0)
+            check_request(model, list(self.prompts.values()), self.config.max_tokens, draft_tokens)
         except ValueError as error:
             raise RequestError(f"config.reinforcement: {error}") from None
 
     def train_batches(self, settings: Any) -> Batches:
         """What the updates read, from the first on; settings: the run's own, whose vocabulary is known."""
         model = make_model(settings)
-        self.check(model)
+        self._check(model, self.config.draft_tokens)
         variables = initial_variables(model, settings)
         self.decoder = Decoder(model, variables)
         self.scoring.begin(model, settings, variables)
@@ -105,11 +108,16 @@ class Rollouts:
         chosen = [problem for problem in _in_turn(self.problems, number * questions, questions, seed)
                   for _ in range(size)]
         self.decoder.take(policy)
-        rows = self.decoder.generate(
+        said = self.decoder.generate(
             [self.prompts[problem.digest] for problem in chosen], self.config.max_tokens,
-            Sampling(self.config.temperature), seed=_seed(seed, number), ends=self.tokenizer.end_ids).tokens
-        right_B, formed_B = (np.array(found) for found in zip(*map(self._judged, chosen, rows), strict=True))
-        batch = self._rows(chosen, rows) | {"right_B": right_B, "formed_B": formed_B}
+            Sampling(self.config.temperature), self.config.draft_tokens, seed=_seed(seed, number),
+            ends=self.tokenizer.end_ids)
+        right_B, formed_B = (np.array(found) for found in zip(*map(self._judged, chosen, said.tokens), strict=True))
+        batch = self._rows(chosen, said.tokens) | {"right_B": right_B, "formed_B": formed_B}
+        if self.config.draft_tokens:  # known of all rows together
+            in_vain = said.steps + said.drafted - sum(len(row) - 1 for row in said.tokens)
+            batch |= {name: np.full(len(chosen), value, np.float32) for name, value in (
+                ("acceptance_B", sum(said.accepted) / max(said.drafted, 1)), ("in_vain_B", in_vain / len(chosen)))}
         return batch | self.scoring.scored(number, policy, batch)
 
     def _judged(self, problem: Problem, row: Sequence[int]) -> tuple[bool, bool]:
@@ -164,16 +172,18 @@ def settings_of(model: Any, reinforcement: Any, steps: int, start: str, **optimi
 
 
 def told(batch: Batch) -> dict:
-    """Metrics of samples: `accuracy`, `format`, their sum `reward`, and `tokens_a_sample`, means over the rows."""
+    """Metrics of samples: `accuracy`, `format`, their sum `reward`, and `tokens_a_sample`, means over the rows; and
+    `acceptance`, the share of drafts that stood, where there were any."""
     found = {"accuracy": jnp.mean(batch["right_B"], dtype=jnp.float32),
              "format": jnp.mean(batch["formed_B"], dtype=jnp.float32),
              "tokens_a_sample": jnp.mean(jnp.sum(batch["mask_BT"], axis=1), dtype=jnp.float32)}
-    return found | {"reward": found["accuracy"] + found["format"]}
+    drafted = {"acceptance": jnp.mean(batch["acceptance_B"])} if "acceptance_B" in batch else {}
+    return found | drafted | {"reward": found["accuracy"] + found["format"]}
 
 
 def forward_tokens(batch: Batch):
-    """How many tokens were read and drawn, without a gradient, to make these rows."""
-    return jnp.sum(batch["segments_BT"] > 0)
+    """How many tokens were read and drawn, without a gradient, to make these rows, drafts in vain too."""
+    return jnp.sum(batch["segments_BT"] > 0) + jnp.sum(batch.get("in_vain_B", 0))
 
 
 def in_parts(score, variables: dict, batch: Batch, parts: int):

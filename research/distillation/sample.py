@@ -30,13 +30,15 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How problems are sampled: `samples` of each, `batch_size` responses at a time, of `max_tokens` at the most."""
+    """How problems are sampled: `samples` of each, `batch_size` responses at a time, of `max_tokens` at the most;
+    `draft_tokens`: as Decoder.generate."""
 
     samples: int
     batch_size: int
     max_tokens: int
     sampling: Sampling
     seed: int
+    draft_tokens: int
 
 
 def sample(path: Path, problems: Sequence[Problem], decoder: Decoder, tokenizer, first: Sequence[int],
@@ -45,8 +47,9 @@ def sample(path: Path, problems: Sequence[Problem], decoder: Decoder, tokenizer,
 
     A line is whole or absent, and on the disk when its batch is done. Killed and called again, with the same
     arguments, it leaves what it would have left: a batch depends on the plan and on its place alone. Returns what was
-    done now: {`samples`, `tokens`, `seconds`, `tokens_per_second`}, the seconds without compilation. Raises
-    RequestError for a plan or a problem that the model cannot take, and for a file with other problems' samples.
+    done now: {`samples`, `tokens`, `seconds`, `tokens_per_second`, `drafted`, `accepted`}, the seconds without
+    compilation, the drafts with those beyond the end of a text. Raises RequestError for a plan or a problem that the
+    model cannot take, and for a file with other problems' samples.
     """
     if not problems:
         raise RequestError("there is no problem to sample")
@@ -59,11 +62,11 @@ def sample(path: Path, problems: Sequence[Problem], decoder: Decoder, tokenizer,
     prompts = {problem.digest: [*first, *tokenizer.encode(template.prompt(problem.question)).tolist()]
                for problem in problems}
     try:
-        check_request(decoder.model, list(prompts.values()), plan.max_tokens, 0)
+        check_request(decoder.model, list(prompts.values()), plan.max_tokens, plan.draft_tokens)
     except ValueError as error:
         raise RequestError(f"config.sampling: {error}") from None
     done = _continued(path, wanted)
-    written, tokens, seconds = 0, 0, 0.0
+    written, tokens, seconds, drafted, accepted = 0, 0, 0.0, 0, 0
     with path.open("a", encoding="utf-8") as file:
         for start in range(0, len(wanted), plan.batch_size):
             if done >= min(start + plan.batch_size, len(wanted)):
@@ -72,8 +75,9 @@ def sample(path: Path, problems: Sequence[Problem], decoder: Decoder, tokenizer,
             padded = batch + batch[-1:] * (plan.batch_size - len(batch))  # another number of rows is compiled anew
             began = time.perf_counter()
             found = decoder.generate([prompts[problem.digest] for problem, _ in padded], plan.max_tokens, plan.sampling,
-                                     seed=_seed(plan.seed, start), ends=tokenizer.end_ids)
+                                     plan.draft_tokens, seed=_seed(plan.seed, start), ends=tokenizer.end_ids)
             seconds += time.perf_counter() - began - found.compile_seconds
+            drafted, accepted = drafted + found.drafted, accepted + sum(found.accepted)
             for place, ((problem, number), row) in enumerate(zip(batch, found.tokens, strict=False), start=start):
                 if place < done:
                     continue
@@ -83,7 +87,13 @@ def sample(path: Path, problems: Sequence[Problem], decoder: Decoder, tokenizer,
                 written, tokens = written + 1, tokens + len(row)
             file.flush()
             os.fsync(file.fileno())
-    return {"samples": written, "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)}
+    return {"samples": written, "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9),
+            "drafted": drafted, "accepted": accepted}
+
+
+def drafting(found: dict) -> str:
+    """What came of drafts, to be added to a line about what `sample` has done; nothing where there were none."""
+    return f", {found['accepted'] / found['drafted']:.1%} of drafts accepted" if found.get("drafted") else ""
 
 
 def read(path: Path) -> list[Sample]:

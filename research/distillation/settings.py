@@ -24,7 +24,8 @@ CHOICES = {"method": METHODS, "template": tuple(TEMPLATES), "reinforcement.form"
 AT_LEAST = {
     0: ("cold_start.problems", "cold_start.student_steps", "reinforcement.teacher_steps",
         "reinforcement.student_steps", "reinforcement.kl_weight", "reinforcement.clip",
-        "reinforcement.reference_every", "sampling.problems", "evaluation.problems", "task.count"),
+        "reinforcement.reference_every", "reinforcement.draft_tokens", "sampling.problems", "sampling.draft_tokens",
+        "evaluation.problems", "task.count"),
     1: ("reinforcement.questions", "reinforcement.minibatches", "reinforcement.epochs", "reinforcement.max_tokens",
         "sampling.samples", "sampling.batch_size", "sampling.max_tokens", "logits.top_k", "on_policy.steps",
         "evaluation.samples", "evaluation.batch_size", "evaluation.max_tokens"),

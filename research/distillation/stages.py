@@ -25,14 +25,14 @@ from research.decoding.generate import Decoder
 from research.decoding.sampling import Sampling
 from research.distillation import evaluate, imitate, on_policy, reinforce, rejection, rollouts, tasks
 from research.distillation.finetune import Examples
-from research.distillation.sample import Plan, read, sample
+from research.distillation.sample import Plan, drafting, read, sample
 from research.distillation.settings import DRAWING, Settings, named
 from research.distillation.tasks import Problem
 from research.distillation.verify import Checker
 from research.errors import RequestError
 from research.experiment import flatten
 from research.files import write_whole
-from research.interop.weights import checked_weights
+from research.interop.weights import checked_weights, read_settings
 from research.training import loop
 from research.training.checkpoint import Checkpoints
 from research.training.metrics import read_lines
@@ -101,6 +101,7 @@ class Pipeline:
             checkpoint = getattr(s, name).checkpoint
             if checkpoint and not Path(checkpoint).expanduser().is_dir():
                 raise RequestError.field(f"{name}.checkpoint", checkpoint, "is not a directory")
+        self._check_drafts(stages)
         if stages[0] == "evaluate" and not self._evaluated_folders:
             raise RequestError(f"--stage=evaluate needs a model: {self.workdir} has none, and "
                                "config.evaluation.checkpoint names none")
@@ -117,10 +118,12 @@ class Pipeline:
         """Several responses of the teacher to each training problem, in DIR/samples.jsonl."""
         s, path = self.settings.sampling, self.workdir / "samples.jsonl"
         _, decoder, tokenizer = self._model_in(self._sampled)
-        plan = Plan(s.samples, s.batch_size, s.max_tokens, Sampling(s.temperature, top_p=s.top_p), s.seed)
+        plan = Plan(s.samples, s.batch_size, s.max_tokens, Sampling(s.temperature, top_p=s.top_p), s.seed,
+                    s.draft_tokens)
         found = sample(path, self._asked, decoder, tokenizer, tokenizer.start_ids, self.settings.template, plan)
         said = "all were there" if not found["samples"] else (
-            f"{found['samples']:,} now, {found['tokens']:,} tokens, {found['tokens_per_second']:,.0f} tokens/s")
+            f"{found['samples']:,} now, {found['tokens']:,} tokens, {found['tokens_per_second']:,.0f} tokens/s"
+            + drafting(found))
         if found["samples"]:
             _add(self.workdir / "sampling.json", found | {"from": str(self._sampled)})
         return f"samples: {path}: {len(self._asked) * s.samples:,}, of which {said}"
@@ -182,6 +185,21 @@ class Pipeline:
     @property
     def _asked(self) -> list[Problem]:
         return self.training[:self.settings.sampling.problems or None]
+
+    def _check_drafts(self, stages: Sequence[str]) -> None:
+        """RequestError where a model is to draft that has no module to do so."""
+        s, asked = self.settings, []
+        if "teacher" in stages and s.reinforcement.teacher_steps:
+            asked.append(("reinforcement", "teacher", s.teacher))
+        if "student" in stages and s.method in DRAWING:
+            asked.append(("reinforcement", "student", s.student))
+        if "sample" in stages and s.sampling.draft_tokens:
+            asked.append(("sampling", "teacher", read_settings(self._sampled) if s.sampling.checkpoint else s.teacher))
+        for group, name, model in asked:
+            drafts = getattr(s, group).draft_tokens
+            if drafts and not model.mtp.num_nextn_predict_layers:
+                raise RequestError.field(f"{group}.draft_tokens", drafts, f"must be 0: the {name} has no multi-token "
+                                         "module to draft with (mtp.num_nextn_predict_layers=0)")
 
     def _starts(self, name: str, steps: int) -> None:
         """RequestError where a model has nothing to start its reinforcement from, or nothing is to be done."""
@@ -330,7 +348,7 @@ class Pipeline:
         step = Checkpoints(folder / "checkpoints", 1, 0).newest_intact() if (folder / "checkpoints").is_dir() else None
         (self.workdir / "evaluation").mkdir(exist_ok=True)
         stem = self.workdir / "evaluation" / (name if step is None else f"{name}-{step}")
-        plan = Plan(e.samples, e.batch_size, e.max_tokens, Sampling(e.temperature, top_p=e.top_p), e.seed)
+        plan = Plan(e.samples, e.batch_size, e.max_tokens, Sampling(e.temperature, top_p=e.top_p), e.seed, 0)
         plans = {"sampled": plan}
         if e.greedy:
             plans["greedy"] = dataclasses.replace(plan, samples=1, sampling=Sampling())
@@ -348,7 +366,8 @@ class Pipeline:
 def _add(path: Path, found: dict) -> None:
     """Adds up what a stage has done over all its starts."""
     before = json.loads(path.read_bytes()) if path.exists() else {}
-    summed = {name: before.get(name, 0) + found[name] for name in ("samples", "tokens", "seconds")}
+    summed = {name: before.get(name, 0) + found[name]
+              for name in ("samples", "tokens", "seconds", "drafted", "accepted")}
     summed["tokens_per_second"] = summed["tokens"] / max(summed["seconds"], 1e-9)
     write_whole(path, json.dumps(summed | {"from": found["from"]}, indent=1) + "\n")
 

@@ -14,16 +14,20 @@ from research.training.checkpoint import Checkpoints, differences
 from research.tree import map_paths, paths
 
 
+def read_settings(folder: Path) -> config.Settings:
+    """Of a workdir or a Hugging Face folder."""
+    return config.read(folder) if (folder / "checkpoints").is_dir() else huggingface.read_settings(folder)
+
+
 def read_weights(folder: Path) -> tuple[config.Settings, dict]:
     """Settings and {`params`, `routing`} of a workdir (its newest intact checkpoint) or a Hugging Face folder.
 
     In float32, whatever they are stored in: FP8 blocks are dequantised, and a recipe that quantises finds the same
     bytes and scales again.
     """
+    settings = read_settings(folder)
     if not (folder / "checkpoints").is_dir():
-        settings = huggingface.read_settings(folder)
         return settings, read_variables(folder, settings)
-    settings = config.read(folder)
     checkpoints = Checkpoints(folder / "checkpoints", settings.checkpoint.keep_last, settings.checkpoint.keep_best)
     step = checkpoints.newest_intact()
     if step is None:

@@ -19,7 +19,7 @@ from tests import tiny
 TOKENIZER = Tokenizer(_bytes())
 PROBLEMS = [Problem(f"{n}+{n}", str(2 * n), "", "numeric", f"sum:{n}") for n in range(9)]
 CONFIG = SimpleNamespace(questions=2, group_size=3, minibatches=2, epochs=2, max_tokens=24, temperature=0.5,
-                         form="token", clip=0.2, kl_weight=0.1, reference_every=0)
+                         form="token", clip=0.2, kl_weight=0.1, reference_every=0, draft_tokens=0)
 
 
 class Scripted:
@@ -31,10 +31,11 @@ class Scripted:
     def take(self, variables):
         self.policies.append(variables)
 
-    def generate(self, prompts, max_tokens, sampling=None, seed=0, ends=()):
+    def generate(self, prompts, max_tokens, sampling=None, draft_tokens=0, seed=0, ends=()):
         self.prompts += [(TOKENIZER.decode(prompt), seed) for prompt in prompts]
         rows = [[*TOKENIZER.encode(text).tolist(), *(ends if ended else ())] for text, ended in self.script]
-        return Generation(rows, 1, [], 0.0, 1.0)
+        steps = 20 if draft_tokens else sum(len(row) - 1 for row in rows)
+        return Generation(rows, steps, [15, 9][:draft_tokens], 0.0, 1.0)
 
 
 def drawing(config=CONFIG, folder=None, scoring=None, **changes):
@@ -127,6 +128,19 @@ def test_the_reference_is_renewed_and_a_run_that_goes_on_finds_it(scripted, tmp_
 def test_references_behind_the_checkpoints_are_removed(scripted, tmp_path):
     references(tmp_path, 40, **{"checkpoint.every_steps": 4})  # at batches 2, 4, ...: two of them reach back to 14
     assert sorted(int(path.stem) for path in tmp_path.iterdir()) == [12, 14, 16, 18]
+
+
+def test_drafts_are_asked_for_and_told(scripted, policy):
+    s, found = drawing(SimpleNamespace(**CONFIG.__dict__ | {"draft_tokens": 2}), **{"mtp.num_nextn_predict_layers": 1})
+    batch = found.train_batches(s).take(state_of(-1.0))
+    tokens = sum(len(TOKENIZER.encode(text)) + ended - 1 for text, ended in found.decoder.script)
+    assert np.all(batch["acceptance_B"] == np.float32(24 / 40))
+    np.testing.assert_allclose(batch["in_vain_B"], (20 + 40 - tokens) / 6, rtol=1e-6)
+    assert rollouts.told(batch)["acceptance"] == np.float32(0.6) and "acceptance" not in rollouts.told(policy[1])
+    assert rollouts.forward_tokens(batch) == pytest.approx(batch["segments_BT"].sum() + batch["in_vain_B"].sum())
+    s, found = drawing(found.config)
+    with pytest.raises(RequestError, match=r"config\.reinforcement: the checkpoint has no multi-token module"):
+        found.train_batches(s)
 
 
 def test_questions_come_in_turn_each_epoch_in_another_order():

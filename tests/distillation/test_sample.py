@@ -6,7 +6,7 @@ import pytest
 from research.data.tokenizer import Tokenizer, _bytes
 from research.decoding.generate import Decoder, Generation
 from research.decoding.sampling import Sampling
-from research.distillation.sample import Plan, Sample, _seed, read, sample
+from research.distillation.sample import Plan, Sample, _seed, drafting, read, sample
 from research.distillation.tasks import Problem
 from research.distillation.template import TEMPLATES
 from research.errors import RequestError
@@ -15,7 +15,7 @@ from tests import tiny
 TOKENIZER = Tokenizer(_bytes())
 FIRST = [TOKENIZER.bos_id]
 PROBLEMS = [Problem(f"What is {n} + {n}?", str(2 * n), "", "numeric", f"sum:{n}") for n in range(5)]
-PLAN = Plan(samples=3, batch_size=4, max_tokens=12, sampling=Sampling(0.8), seed=3)
+PLAN = Plan(samples=3, batch_size=4, max_tokens=12, sampling=Sampling(0.8), seed=3, draft_tokens=0)
 
 
 class Echo:
@@ -27,13 +27,13 @@ class Echo:
     def __init__(self, fails_at: int = 0):
         self.calls, self.fails_at = [], fails_at
 
-    def generate(self, prompts, max_tokens, sampling, seed, ends):
+    def generate(self, prompts, max_tokens, sampling, draft_tokens, seed, ends):
         self.calls.append(len(prompts))
         if len(self.calls) == self.fails_at:
             raise KeyboardInterrupt
         rows = [[*TOKENIZER.encode(f"{sum(prompt)}\u2028{row}:{seed}").tolist()[:max_tokens - row % 2], *ends[:row % 2]]
                 for row, prompt in enumerate(prompts)]
-        return Generation(rows, 1, [], 0.0, 1.0)
+        return Generation(rows, 10, [7, 3][:draft_tokens], 0.0, 1.0)
 
 
 def run(path, decoder, problems=PROBLEMS, plan=PLAN):
@@ -60,6 +60,15 @@ def test_each_problem_is_sampled_so_often(tmp_path):
     assert len({s.text for s in read(tmp_path / "one.jsonl")}) == 8
     prompt = [*FIRST, *TOKENIZER.encode("Question: What is 0 + 0?\n<think>\n").tolist()]
     assert found[1].text.startswith(str(sum(prompt)))
+
+
+def test_what_comes_of_drafts_is_told(tmp_path):
+    decoder = Echo()
+    decoder.model = SimpleNamespace(**decoder.model.__dict__ | {"mtp": SimpleNamespace(num_nextn_predict_layers=1)})
+    done = run(tmp_path / "drafted.jsonl", decoder, plan=Plan(**PLAN.__dict__ | {"draft_tokens": 2}))
+    assert (done["drafted"], done["accepted"]) == (4 * 20, 4 * 10) and drafting(done) == ", 50.0% of drafts accepted"
+    done = run(tmp_path / "plain.jsonl", decoder)
+    assert done["drafted"] == done["accepted"] == 0 and drafting(done) == drafting({"samples": 3}) == ""
 
 
 @pytest.mark.parametrize("left", [0, 1, 70, 500, 900, -1])
@@ -97,6 +106,7 @@ def test_samples_of_another_task_are_neither_mixed_nor_lost(tmp_path, whole):
     ({"samples": 0}, PROBLEMS, "config.sampling.samples=0 must be at least 1"),
     ({"sampling": Sampling(0.8, top_p=2)}, PROBLEMS, "config.sampling.top_p=2 must be above 0"),
     ({"max_tokens": 50}, PROBLEMS, "config.sampling: prompt 1 .* more than max_position_embeddings=60"),
+    ({"draft_tokens": 1}, PROBLEMS, "config.sampling: the checkpoint has no multi-token module to draft with"),
     ({}, [], "there is no problem"),
 ])
 def test_what_cannot_be_sampled_is_refused_before_anything_is_written(tmp_path, changes, problems, message):
@@ -123,7 +133,7 @@ def test_the_decoder_of_a_model(tmp_path):
     s = tiny.settings(tiny.DENSE | {"model.vocab_size": 320, "model.num_hidden_layers": 1})
     model, variables = tiny.model(s)
     decoder, path = Decoder(model, variables), tmp_path / "samples.jsonl"
-    plan = Plan(samples=2, batch_size=2, max_tokens=8, sampling=Sampling(1.0), seed=0)
+    plan = Plan(samples=2, batch_size=2, max_tokens=8, sampling=Sampling(1.0), seed=0, draft_tokens=0)
     run(path, decoder, PROBLEMS[:1], plan)
     prompt = [*FIRST, *TOKENIZER.encode(TEMPLATES["plain"].prompt(PROBLEMS[0].question)).tolist()]
     rows = decoder.generate([prompt] * 2, 8, Sampling(1.0), seed=_seed(0, 0), ends=[TOKENIZER.eos_id]).tokens

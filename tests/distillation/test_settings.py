@@ -51,6 +51,7 @@ def test_one_seed_is_everybodys_until_they_have_their_own():
     ("on_policy.beta=0", r"config\.on_policy\.beta=0\.0 must be above 0 and below 1"),
     ("on_policy.direction=revers", r"config\.on_policy\.direction='revers' must be one of .*did you mean reverse\?"),
     ("on_policy.steps=0", r"config\.on_policy\.steps=0 must be at least 1"),
+    ("reinforcement.draft_tokens=-1", r"config\.reinforcement\.draft_tokens=-1 must be at least 0"),
     ("reinforcement.temperature=0", r"config\.reinforcement\.temperature=0\.0 must be above 0"),
     ("teacher.model.n_group=3", r"config\.teacher\.model\.n_group=3 does not divide config\.teacher\.model\.n_routed"),
     ("student.training.accumulation_steps=3", r"config\.student\.training\.accumulation_steps=3 does not divide"),

@@ -180,11 +180,23 @@ def test_a_stopped_reinforcement_goes_on_as_if_it_had_not_been(whole, copy, monk
     ("student", {"method": "on_policy"}, r"--stage=student needs .*teacher, which --stage=teacher writes"),
     ("student", {"method": "on_policy", "cold_start.problems": 0},
      r"config\.cold_start\.problems=0 leaves the student nothing to start from"),
+    ("teacher", {"reinforcement.draft_tokens": 1},
+     r"config\.reinforcement\.draft_tokens=1 must be 0: the teacher has no"),
+    ("student", {"method": "reinforced", "reinforcement.draft_tokens": 2, "teacher.mtp.num_nextn_predict_layers": 1},
+     r"config\.reinforcement\.draft_tokens=2 must be 0: the student has no multi-token module to draft with"),
     ("evaluate", {}, r"--stage=evaluate needs a model: .* has none"),
 ])
 def test_what_a_stage_lacks_is_said_and_nothing_is_left(tmp_path, stage, changes, message):
     with pytest.raises(RequestError, match=message):
         run(tmp_path / "run", stage, **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_that_cannot_draft_is_not_asked_to(whole, tmp_path):
+    for checkpoint, stages_before in ((str(whole[0] / "teacher"), ()), ("", ("teacher",))):
+        with pytest.raises(RequestError, match=r"config\.sampling\.draft_tokens=1 must be 0: the teacher has no"):
+            run(tmp_path / "run", *stages_before, "sample",
+                **{"sampling.draft_tokens": 1, "sampling.checkpoint": checkpoint})
     assert not (tmp_path / "run").exists()
 
 
@@ -228,6 +240,8 @@ def test_users_problems_need_their_fields_and_solutions(tmp_path):
     (["--config=experiments/distill.py", "--workdir=d", "--stage=al"], "value should be one of <teacher|sample|"),
     (["--config=experiments/distill.py:distill", "--workdir=d", "--stage=all"], "has no arm 'distill' (did you mean"),
     (["--config=experiments/distill.py", "--workdir=d", "--stage=all", "--config.method=x"], "config.method='x' must"),
+    (["--config=experiments/distill.py", "--workdir=d", "--stage=all", "--config.sampling.draft_tokens=1"],
+     "config.sampling.draft_tokens=1 must be 0: the teacher has no multi-token module"),
 ])
 def test_a_wrong_command_is_answered_with_one_line(words, message, capsys, monkeypatch):
     monkeypatch.chdir(runs.ROOT)
@@ -316,7 +330,8 @@ def test_a_stopped_one_goes_on_as_if_it_had_not_been(on_policy, copy, monkeypatc
         run(copy, "student", **ON_POLICY)
     assert len(runs.lines(copy / "on_policy")) == 2
     run(copy, "student", **ON_POLICY)
-    assert runs.differences(copy / "on_policy", on_policy / "on_policy") == ["config.json"]  # the folder it begins from
+    assert runs.lines(copy / "on_policy") == runs.lines(on_policy / "on_policy")
+    assert runs.state_of(copy / "on_policy")[1] == runs.state_of(on_policy / "on_policy")[1]
 
 
 def test_who_is_its_own_teacher_has_nothing_to_learn(copy):

@@ -3,7 +3,8 @@
 Question: R1 v1 Table 6 in small. Is a small dense model better when it is fine-tuned on what a larger one says, where
 the answer is right, than when it is reinforced itself? Arms, all from the same student after the same worked solutions:
 `distilled` (the default), `reinforced`, `reference` (answers without reasoning), `unverified` (samples as they came),
-`logits` (the teacher's distributions at the kept samples). Arms of one folder share its teacher and its samples:
+`logits` (the teacher's distributions at the kept samples), `on_policy` (the same at the student's own samples). Arms of
+one folder share its teacher and its samples:
     python -m research.distill --config=experiments/distill.py --stage=all --workdir=runs/distill
     python -m research.distill --config=experiments/distill.py:reinforced --stage=student --workdir=runs/distill
     python -m research.distill --config=experiments/distill.py:reinforced --stage=evaluate --workdir=runs/distill
@@ -20,6 +21,7 @@ more samples above fewer.
 Result (7de5567, seeds 0-2, mean and range of pass@1): teacher 62.5% (36.5-90.9), base 12.1 (10.7-12.9), reinforced 15.6
 (13.9-16.9), distilled 29.5 (27.5-30.9): above reinforced by 10.6 to 17.0 points, the paper's direction. reference 19.4
 (12.9-28.9), unverified 26.4 (19.6-33.5) and logits 32.4 (31.6-33.4): within noise of distilled. results/r1_distill.md.
+`on_policy`, 120 updates: not yet run, and not in that table.
 Cost: 8 to 12 minutes a seed on one of two cores that did other work beside it.
 """
 

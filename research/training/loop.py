@@ -40,7 +40,7 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
           evaluate: Callable | None = None) -> dict:
     """Trains from the workdir's newest intact checkpoint, or from the start, to `training.steps`; evaluates and saves.
 
-    corpus: None is the config's text; anything else that has batches (finetune.Examples, reinforce.Rollouts) stands in
+    corpus: None is the config's text; anything else that has batches (finetune.Examples, rollouts.Rollouts) stands in
     for it. loss: as `step.loss_of`. evaluate: as `evaluation.evaluate`, whose `loss` says which checkpoint is best.
     Returns the summary that is printed. Raises RequestError before anything is written, RunError for a run that
     failed on its way, Stopped after saving on Ctrl-C or SIGTERM. Of several processes each does all of this, and the

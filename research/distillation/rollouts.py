@@ -69,20 +69,17 @@ class Rollouts:
         return (f"{len(self.problems):,} problems, {len(self.held_out):,} held out; {self.config.questions} questions "
                 f"of {self.config.group_size} samples a batch")
 
-    def check(self, model: Any) -> None:
-        """RequestError where a model cannot read all of the prompts with their responses."""
-        self._check(model, 0)
-
-    def _check(self, model: Any, draft_tokens: int) -> None:
+    def check(self, model: Any, draft_tokens: int, whose: str = "") -> None:
+        """RequestError where a model cannot read all of the prompts with their responses, or cannot draft."""
         try:
             check_request(model, list(self.prompts.values()), self.config.max_tokens, draft_tokens)
         except ValueError as error:
-            raise RequestError(f"config.reinforcement: {error}") from None
+            raise RequestError(f"config.reinforcement: {whose}{error}") from None
 
     def train_batches(self, settings: Any) -> Batches:
         """What the updates read, from the first on; settings: the run's own, whose vocabulary is known."""
         model = make_model(settings)
-        self._check(model, self.config.draft_tokens)
+        self.check(model, self.config.draft_tokens)
         variables = initial_variables(model, settings)
         self.decoder = Decoder(model, variables)
         self.scoring.begin(model, settings, variables)

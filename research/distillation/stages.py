@@ -284,7 +284,7 @@ class Pipeline:
             theirs, model, variables = self._teacher_of(self._tokenizer(settings, start), settings)
             teacher = on_policy.Teacher(model, theirs, variables, s.reinforcement.minibatches)
             drawn = self._rollouts(settings, start, teacher)
-            drawn.check(model)
+            drawn.check(model, 0, "for the teacher, ")
             self._learn("on_policy", drawn, partial(
                 on_policy.on_policy_loss, on_policy=s.on_policy, reinforcement=s.reinforcement,
                 teacher_flops=teacher.flops_per_token))

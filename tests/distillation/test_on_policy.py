@@ -116,6 +116,12 @@ def test_each_token_drawn_is_compared_after_the_tokens_before_it(looked_up, draw
         batches.set_state(record | {"teacher": "another"})
 
 
+def test_a_teacher_that_cannot_read_the_rows_is_refused(drawn):
+    short, _ = tiny.model(tiny.settings(tiny.DENSE | {"model.max_position_embeddings": 32}))
+    with pytest.raises(RequestError, match=r"config\.reinforcement: for the teacher, prompt 1 .*_embeddings=32"):
+        drawn[1].check(short, 0, "for the teacher, ")
+
+
 def test_a_teacher_scores_as_its_model_does_in_parts_as_in_one():
     s = tiny.settings(tiny.DENSE | {"model.num_hidden_layers": 1})
     model, variables = tiny.model(s)

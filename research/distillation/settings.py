@@ -31,7 +31,8 @@ AT_LEAST = {
         "evaluation.samples", "evaluation.batch_size", "evaluation.max_tokens"),
     2: ("reinforcement.group_size",),
 }
-POSITIVE = ("checker_timeout", "reinforcement.learning_rate", "reinforcement.temperature", "logits.temperature")
+POSITIVE = ("checker_timeout", "reinforcement.learning_rate", "reinforcement.temperature", "logits.temperature",
+            "on_policy.learning_rate")
 
 
 @dataclass(frozen=True)

@@ -280,7 +280,8 @@ class Pipeline:
         if self._done("on_policy", s.on_policy.steps):
             return
         with named("student"):
-            settings = rollouts.settings_of(s.student, s.reinforcement, s.on_policy.steps, start)
+            settings = rollouts.settings_of(s.student, s.reinforcement, s.on_policy.steps, start,
+                                            learning_rate=s.on_policy.learning_rate)
             theirs, model, variables = self._teacher_of(self._tokenizer(settings, start), settings)
             teacher = on_policy.Teacher(model, theirs, variables, s.reinforcement.minibatches)
             drawn = self._rollouts(settings, start, teacher)

@@ -57,6 +57,7 @@ def test_one_seed_is_everybodys_until_they_have_their_own():
     ("student.training.accumulation_steps=3", r"config\.student\.training\.accumulation_steps=3 does not divide"),
     ("student.training.batch_ramp_start=4", r"config\.student\.training\.batch_ramp_start=4 must be 0"),
     ("teacher.mesh.data=2", r"config\.teacher\.mesh\.data=2 must be 1: distillation"),
+    ("on_policy.learning_rate=0", r"config\.on_policy\.learning_rate=0\.0 must be "),
     ("task.options=[1]", r"config\.task\.options='\[1\]' must be a JSON object"),
     ("task.test_fraction=2", r"config\.task\.test_fraction=2\.0 must be between 0 and 1"),
     ("sampling.sample=2", r"config\.sampling\.sample=2 is not a field .*did you mean config\.sampling\.samples"),

@@ -35,7 +35,7 @@ TINY = {f"{name}.{field}": value for name in ("teacher", "student") for field, v
     "evaluation.samples": 2, "evaluation.max_tokens": 24, "evaluation.greedy": False,
 }
 
-ON_POLICY = {"method": "on_policy", "on_policy.steps": 3}
+ON_POLICY = {"method": "on_policy", "on_policy.steps": 3, "on_policy.learning_rate": 2e-3}
 
 
 def settings(**changes):
@@ -311,6 +311,7 @@ def on_policy(whole, tmp_path_factory):
 def test_a_student_learns_on_policy_and_its_teachers_work_is_told(on_policy):
     lines = runs.lines(on_policy / "on_policy", "train")
     assert [line["step"] for line in lines] == [1, 2, 3] and all(line["divergence"] > 0.05 for line in lines)
+    assert max(line["learning_rate"] for line in lines) == pytest.approx(2e-3)  # not the student's 5e-3
     models = json.loads((on_policy / "results.json").read_text())["models"]
     assert models["on_policy"]["teacher_flops"] == pytest.approx(sum(line["teacher_flops"] for line in lines))
     assert models["on_policy"]["flops"] > 0 and models["distilled"]["teacher_flops"] == 0

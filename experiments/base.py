@@ -231,7 +231,7 @@ def get_distillation_config() -> ConfigDict:
 
     c.on_policy = p = ConfigDict()  # method="on_policy": the teacher's distributions at the student's own samples
     p.steps = 120  # updates, with the student's own optimizer and schedule, but for
-    p.learning_rate = 3e-4
+    p.learning_rate = 1e-3
     p.direction = "reverse"  # reverse: KL(student || teacher) | forward | jensen_shannon
     p.beta = 0.5  # of jensen_shannon, as logits.beta
 

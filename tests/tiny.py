@@ -74,6 +74,13 @@ def batch(rows=ROWS, length: int = LENGTH, seed: int = 0) -> dict:
             "positions_BT": positions_BT, "mask_BT": inside_BT}
 
 
+def balanced(loss: float) -> dict:
+    """What a model with a multi-token module says of its routing, where the layers' balance loss is this."""
+    return {"balance_loss": loss + 7, "routing": {
+        "layers": {"balance_loss": jnp.array([loss]), "loads": jnp.ones((1, 2))},
+        "mtp": [{"balance_loss": jnp.array(7.0), "loads": jnp.ones(2)}]}}
+
+
 def leaves(tree) -> dict:
     """{`a/b/c`: float64 array} of the leaves."""
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]

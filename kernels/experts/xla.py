@@ -42,7 +42,8 @@ def make_plan(indices_XK, n_experts: int, capacity: int, tiles: tuple[tuple[int,
     count_E = jnp.zeros(n_experts, jnp.int32).at[indices_XK.reshape(-1)].add(1)
     rank_P = jnp.arange(P, dtype=jnp.int32) - (jnp.cumsum(count_E) - count_E)[expert_P]
     fit_E = jnp.minimum(count_E, capacity)
-    slots_used = 8 * jnp.sum(fit_E) >= 7 * (jnp.sum(count_E) if padded else P)
+    pairs = jnp.sum(count_E) if padded else P
+    slots_used = jnp.sum(fit_E) >= pairs - pairs // 8
     fit_E = jnp.where(slots_used, fit_E, 0)
     left_E = -(-(count_E - fit_E) // least) * least
     first_row_E = jnp.where(slots_used, S, 0) + jnp.cumsum(left_E) - left_E

@@ -83,7 +83,7 @@ def _allocated(n_bytes: int) -> int:
 def multiprocessors() -> int:
     """Of the GPU that is meant (kernels.choice), or of ours; the target's where there is none."""
     meant, device = jax.sharding.get_abstract_mesh().abstract_device, jax.devices()[0]
-    if meant and meant.num_cores:  # a mesh of real devices names none
+    if meant and meant.num_cores:  # that of a mesh of CPUs has none
         return meant.num_cores
     return device.core_count if device.platform == "gpu" else H200_MULTIPROCESSORS
 

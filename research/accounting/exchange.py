@@ -1,7 +1,8 @@
-"""What expert parallelism sends from node to node, and what node-limited routing saves of it (V3 §2.1.2, §3.2.2).
+"""What V3's expert parallelism sends from node to node, and what node-limited routing saves of it (V3 §2.1.2, §3.2.2).
 
-A group of the gate is a node: its experts lie on that node's devices, and a token crosses the network once for each
-node that holds any of its experts (from there on NVLink carries it). Its own node, which costs nothing, is counted.
+A group of its gate is a node: the group's experts lie on that node's devices, and a token crosses the network once for
+each node that holds any of its experts (from there on NVLink carries it), in FP8. Its own node, which costs nothing, is
+counted; the multi-token module's layer is not. (Training here sends 16 bits, once a device: parallel/experts.py.)
 """
 
 import math
@@ -13,9 +14,8 @@ def nodes_a_token(model) -> dict[str, float]:
     """To how many of the `n_group` nodes a token goes: `most` as it is routed, `without_limit` if its K experts could
     lie anywhere: the `most` of that, and the `mean` where any K of the E experts are as likely as any others."""
     E, K, G = model.n_routed_experts, model.num_experts_per_tok, model.n_group
-    limited = model.topk_method != "greedy"
     missed = math.comb(E - E // G, K) / math.comb(E, K)  # the chance that a node has none of them
-    return {"most": min(G, K, model.topk_group if limited else G),
+    return {"most": min(model.topk_group, K),
             "without_limit": {"most": min(G, K), "mean": G * (1 - missed)}}
 
 
@@ -26,9 +26,9 @@ def bytes_a_token(model, nodes: float) -> float:
 
 
 def account(model) -> dict:
-    """`nodes_a_token`, and the bytes that all layers with experts make a token send in training; {} without experts,
-    or where the gate knows no groups."""
-    if not model.n_routed_experts or model.n_group == 1:
+    """`nodes_a_token`, and the bytes that the main model's layers make a token send in training; {} for another gate
+    than V3's (V2's groups are devices), or where it knows no groups."""
+    if not model.n_routed_experts or model.topk_method != "noaux_tc" or model.n_group == 1:
         return {}
     nodes, layers = nodes_a_token(model), model.num_hidden_layers - model.first_k_dense_replace
     return {"nodes": nodes, "bytes": layers * bytes_a_token(model, nodes["most"]), "bytes_without_limit": {

@@ -107,9 +107,10 @@ def of_device(settings, gpu: bool) -> dict[str, int]:
     weights: as the products read them (16 bits, or the 8-bit copies); master, moments, average (of the weights):
     float32, moments as the config says. Everything that one weight has is divided by fsdp, tensor and pipeline, routed
     experts by expert; moments and average also by the rest of the mesh (ZeRO-1). activations: what the forward
-    pass keeps of a device's rows of one of the `accumulation_steps` pieces (experts see those of all devices of the
-    axis expert, and pad them). buffers: what the backward pass has beside them at its beginning. total: the largest
-    sum that is alive at once, where gradients take the place of activations, unless they are accumulated over pieces.
+    pass keeps of a device's rows of one of the `accumulation_steps` pieces; experts see as many of those of all devices
+    of the axis expert as a balanced router sends (the program has room for all, `mesh.expert` times as many). buffers:
+    what the backward pass has beside them at its beginning. total: the largest sum that is alive at once, where
+    gradients take the place of activations, unless they are accumulated over pieces.
 
     A pipeline is the one that training runs (parallel/pipeline.py): each stage holds a copy of all that is not in the
     layers they share, and of the micro-batches on their way what it has received. Where it does not divide those layers

@@ -97,8 +97,8 @@ def text(found: dict) -> str:
     row("cache", f"{found['kv_bytes_per_token']:,}", "bytes", "bfloat16")
     if sent := found["exchange_per_token"]:
         nodes, free = sent["nodes"], sent["bytes_without_limit"]["mean"]
-        row("sent between nodes", f"{sent['bytes'] / 1e6:,.3f}", "MB", f"training: {nodes['most']} groups at most")
-        row("  without that limit", f"{free / 1e6:,.3f}", "MB", f"{nodes['without_limit']['mean']:.2f} on average")
+        row("V3's exchange in training", f"{sent['bytes'] / 1e6:,.3f}", "MB", f"to {nodes['most']} nodes at most")
+        row("  without that limit", f"{free / 1e6:,.3f}", "MB", f"to {nodes['without_limit']['mean']:.2f} on average")
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1) or "no mesh"
     group(f"memory of a device: {found['device']}, {mesh}, {found['recipe']}")
     most, (size, unit) = found["device_memory"], (1e9, "GB") if m["total"] >= 1e9 else (1e6, "MB")

@@ -13,6 +13,7 @@ import numpy as np
 from research.distillation.finetune import Examples
 from research.distillation.logits import divergence_from_top, keep_top
 from research.files import write_whole
+from research.model.transformer import balance_of
 from research.training.losses import token_losses
 from research.training.step import apply_model, loads_of
 
@@ -62,7 +63,7 @@ def imitation_loss(trained, routing, batch, total, pieces: int, weight, model, s
     divergence = share * divergence_from_top(logits_BTV, {name: batch[name] for name in _NAMES}, batch["mask_BT"],
                                              direction=logits.direction, beta=logits.beta,
                                              temperature=logits.temperature)
-    balance = out["balance_loss"] / pieces
+    balance = balance_of(out["routing"]["layers"]) / pieces  # nothing here is for the multi-token modules to learn
     main, _ = token_losses(logits_BTV, (), batch)
     loss = divergence + balance
     return loss, {"loss": loss, "divergence": divergence, "next_token_loss": main / total, "balance_loss": balance,

@@ -18,6 +18,7 @@ from research.accounting import flops
 from research.data.packing import Batch
 from research.distillation import rollouts
 from research.distillation.logits import divergence
+from research.model.transformer import balance_of
 from research.training.step import apply_model, loads_of
 from research.tree import paths
 
@@ -55,7 +56,7 @@ def _logits(variables, batch, *, model, settings):
 def on_policy_loss(trained, routing, batch, total, pieces: int, weight, model, settings, *, on_policy, reinforcement,
                    teacher_flops: float):
     """As `training.step.loss_of`: the mean divergence of the tokens drawn, exact over the vocabulary, with the router's
-    balance loss; multi-token modules stay as they are.
+    balance loss; no gradient reaches multi-token modules.
 
     on_policy, reinforcement: the config's groups; both models' logits are divided by the temperature of the draws.
     teacher_flops: of a token. Metrics besides: `divergence`; rollouts.told's; `forward_tokens`, the student's; and
@@ -65,7 +66,7 @@ def on_policy_loss(trained, routing, batch, total, pieces: int, weight, model, s
     share = jnp.sum(batch["mask_BT"]) / total
     apart = share * divergence(logits_BTV, batch["teacher_BTV"], batch["mask_BT"], direction=on_policy.direction,
                                beta=on_policy.beta, temperature=reinforcement.temperature)
-    balance = out["balance_loss"] / pieces
+    balance = balance_of(out["routing"]["layers"]) / pieces
     loss = apart + balance
     return loss, jax.tree.map(lambda x: x / pieces, rollouts.told(batch)) | {
         "loss": loss, "divergence": apart, "balance_loss": balance,

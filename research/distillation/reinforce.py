@@ -14,6 +14,7 @@ import numpy as np
 from research.data.packing import Batch
 from research.distillation import grpo, rollouts
 from research.errors import RequestError
+from research.model.transformer import balance_of
 from research.training.losses import cross_entropy
 from research.training.step import apply_model, loads_of
 from research.tree import map_paths, paths
@@ -89,8 +90,8 @@ def token_logp(variables, batch, *, model, settings, temperature: float):
 
 
 def policy_loss(trained, routing, batch, total, pieces: int, weight, model, settings, *, reinforcement):
-    """As `training.step.loss_of`: GRPO's objective with the router's balance loss; multi-token modules stay as they
-    are. Metrics besides: grpo.loss's, and rollouts.told's, with the passes that score among `forward_tokens`."""
+    """As `training.step.loss_of`: GRPO's objective with the router's balance loss; no gradient reaches multi-token
+    modules. Metrics besides: grpo.loss's, and rollouts.told's, with the passes that score among `forward_tokens`."""
     logits_BTV, out = apply_model(model, settings, trained["params"], routing, batch, trained["amax"])
     logits_BTV = logits_BTV.astype(jnp.float32) / reinforcement.temperature
     logp_BT = -cross_entropy(logits_BTV, batch["targets_BT"])
@@ -101,7 +102,8 @@ def policy_loss(trained, routing, batch, total, pieces: int, weight, model, sett
     found |= rollouts.told(batch)
     scored = batch["tokens_BT"].size * sum(name in batch for name in ("old_logp_BT", "reference_logp_BT"))
     forward = (rollouts.forward_tokens(batch) + scored) / reinforcement.epochs
-    loss = (objective + out["balance_loss"]) / pieces
+    balance = balance_of(out["routing"]["layers"])
+    loss = (objective + balance) / pieces
     return loss, jax.tree.map(lambda x: x / pieces, found) | {
-        "loss": loss, "balance_loss": out["balance_loss"] / pieces, "forward_tokens": forward,
+        "loss": loss, "balance_loss": balance / pieces, "forward_tokens": forward,
         "loads": loads_of(out["routing"])}

@@ -87,19 +87,21 @@ class Pipeline:
         if "student" in stages and s.method in DRAWING:
             self._starts("student", s.reinforcement.student_steps)
         samples, verified = self.workdir / "samples.jsonl", self.workdir / "verified.jsonl"
+        student = [] if s.tuning.files else {
+            "distilled": [(verified, "verify")], "unverified": [(samples, "sample")],
+            "logits": [(verified, "verify")]}.get(s.method, [])
+        scores = s.method in ("logits", "on_policy")  # the teacher is read, not only what it has said
+        if scores and not s.sampling.checkpoint:
+            student.append((self._sampled, "teacher"))
         needs = {"sample": [] if s.sampling.checkpoint else [(self.teacher_folder / "checkpoints", "teacher")],
-                 "verify": [(samples, "sample")],
-                 "student": [] if s.tuning.files else {
-                     "distilled": [(verified, "verify")], "unverified": [(samples, "sample")],
-                     "logits": [(verified, "verify"), (self._sampled, "teacher")],
-                     "on_policy": [(self._sampled, "teacher")]}.get(s.method, [])}
+                 "verify": [(samples, "sample")], "student": student}
         for path, stage in needs.get(stages[0], []):
             if not path.exists():
                 raise RequestError(f"--stage={stages[0]} needs {path}, which --stage={stage} writes")
-        if stages[0] in ("sample", "evaluate"):
-            name = {"sample": "sampling", "evaluate": "evaluation"}[stages[0]]
+        for name, is_read in (("sampling", "sample" in stages or ("student" in stages and scores)),
+                              ("evaluation", "evaluate" in stages)):
             checkpoint = getattr(s, name).checkpoint
-            if checkpoint and not Path(checkpoint).expanduser().is_dir():
+            if is_read and checkpoint and not Path(checkpoint).expanduser().is_dir():
                 raise RequestError.field(f"{name}.checkpoint", checkpoint, "is not a directory")
         self._check_drafts(stages)
         if stages[0] == "evaluate" and not self._evaluated_folders:

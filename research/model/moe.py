@@ -34,8 +34,8 @@ def choose_experts(affinity_XE, bias_E, config):
     return jax.lax.top_k(score_XE, config.num_experts_per_tok)[1]
 
 
-def nodes_reached(indices_XK, config):
-    """In how many of the gate's groups, each a node of V3's, a token's experts lie. Returns (..., ) int32."""
+def groups_reached(indices_XK, config):
+    """In how many of the gate's groups, V3's nodes or V2's devices, a token's experts lie. Returns (...,) int32."""
     group_XK = indices_XK // (config.n_routed_experts // config.n_group)
     reached_XG = jnp.any(jax.nn.one_hot(group_XK, config.n_group, dtype=bool), axis=-2)
     return jnp.sum(reached_XG, axis=-1, dtype=jnp.int32)

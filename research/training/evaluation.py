@@ -28,7 +28,7 @@ def evaluate(eval_step, state, corpus, settings, batches: int | None = None, bar
     guide to, not a measure of, what drafting accepts. Where there are experts, `expert_load` (L, E) and
     `mtp_expert_load` (M, E): each one's load over all of this text, relative to its layer's mean, and `load_violation`:
     MaxVio of the former, averaged over layers (MaxVio_global of 2408.15664). Where the gate knows groups,
-    `nodes_a_token` (L,): in how many of them a token's experts lie. bar: show on a terminal how far it is.
+    `groups_a_token` (L,): in how many of them a token's experts lie. bar: show on a terminal how far it is.
     """
     params = state["params"] if state["ema"] is None else state["ema"]
     sums = None
@@ -45,7 +45,7 @@ def evaluate(eval_step, state, corpus, settings, batches: int | None = None, bar
         "mtp_accuracy": (sums["mtp_hits"] / np.maximum(sums["mtp_targets"], 1)).tolist(),
         "targets": int(sums["targets"]),
         **expert_loads(sums["loads"]),
-        **nodes_a_token(sums, settings.model),
+        **groups_a_token(sums, settings.model),
     }
 
 
@@ -59,12 +59,12 @@ def expert_loads(loads) -> dict:
         for name, layers in rows.items()}
 
 
-def nodes_a_token(sums, config) -> dict:
+def groups_a_token(sums, config) -> dict:
     """The field of an evaluation's line. A token is K in the loads of a layer."""
-    if "nodes" not in sums:
+    if "groups" not in sums:
         return {}
     tokens_L = np.sum(sums["loads"]["layers"], axis=-1) / config.num_experts_per_tok
-    return {"nodes_a_token": (sums["nodes"] / tokens_L).round(4).tolist()}
+    return {"groups_a_token": (sums["groups"] / tokens_L).round(4).tolist()}
 
 
 @environment.runnable()

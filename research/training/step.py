@@ -10,7 +10,7 @@ import optax
 from research.errors import RequestError
 from research.model.balance import load_violation, update_bias
 from research.model.build import init_variables, variable_shapes
-from research.model.moe import nodes_reached
+from research.model.moe import groups_reached
 from research.model.transformer import Transformer, balance_of, block_inputs
 from research.parallel import pipeline
 from research.parallel.rules import Shardings, placed, shardings
@@ -231,7 +231,7 @@ def make_train_step(model: Transformer, settings, loss=loss_of):
 
 def make_eval_step(model: Transformer, settings):
     """(params, routing, batch) -> sums over the batch: nats, targets, hits and targets of each depth (M,), what
-    `loads_of` gives, and where the gate knows groups the `nodes` that each layer's tokens go to, (L,)."""
+    `loads_of` gives, and where the gate knows groups the `groups` that each layer's tokens reach, (L,)."""
     over = shardings_of(model, settings)
     # the weights come as they lie: trained ones, or their average, which is split further
     placing = {"in_shardings": (None, over.state["routing"], over.batch), "out_shardings": over.whole} if over else {}
@@ -245,11 +245,11 @@ def make_eval_step(model: Transformer, settings):
             targets_BT, mask_BT = mtp_targets(batch, k)
             hits.append(jnp.sum((jnp.argmax(logits, axis=-1) == targets_BT) & mask_BT))
             counts.append(jnp.sum(mask_BT))
-        nodes = {}
+        groups = {}
         if (layers := out["routing"]["layers"]) is not None and settings.model.n_group > 1:
-            reached_LBT = nodes_reached(layers["indices"], settings.model)
-            nodes = {"nodes": jnp.sum(reached_LBT * (batch["segments_BT"] > 0)[None], axis=(1, 2))}
-        return nodes | {"nats": nats, "targets": jnp.sum(batch["mask_BT"]), "mtp_hits": jnp.array(hits, jnp.int32),
+            reached_LBT = groups_reached(layers["indices"], settings.model)
+            groups = {"groups": jnp.sum(reached_LBT * (batch["segments_BT"] > 0)[None], axis=(1, 2))}
+        return groups | {"nats": nats, "targets": jnp.sum(batch["mask_BT"]), "mtp_hits": jnp.array(hits, jnp.int32),
                 "mtp_targets": jnp.array(counts, jnp.int32), "loads": loads_of(out["routing"])}
 
     return eval_step

@@ -17,7 +17,7 @@ V = tiny.VOCABULARY
 def tables(monkeypatch):
     """(student's, teacher's) logits by the last token, and a batch; the balance loss is 0.25."""
     monkeypatch.setattr(imitate, "apply_model", lambda model, settings, params, routing, batch, amax=None: (
-        params[batch["tokens_BT"]], {"balance_loss": 0.25, "routing": {"layers": None, "mtp": []}}))
+        params[batch["tokens_BT"]], tiny.balanced(0.25)))
     rng = np.random.default_rng(0)
     return *(jnp.asarray(rng.normal(size=(V, V)), jnp.float32) for _ in range(2)), tiny.batch()
 

@@ -22,7 +22,7 @@ V = 320
 def looked_up(monkeypatch):
     """Models whose logits are looked up by the last token, with a balance loss of 0.25: (student's, teacher's)."""
     monkeypatch.setattr(on_policy, "apply_model", lambda model, settings, params, routing, batch, amax=None: (
-        params[batch["tokens_BT"]], {"balance_loss": 0.25, "routing": {"layers": None, "mtp": []}}))
+        params[batch["tokens_BT"]], tiny.balanced(0.25)))
     rng = np.random.default_rng(0)
     return [jnp.asarray(rng.normal(size=(V, V)), jnp.float32) for _ in range(2)]
 

@@ -169,7 +169,7 @@ def policy(monkeypatch):
     """(params of a model whose logits are looked up by the last token, a batch of four rows with all that rollouts
     give); its balance loss is 0.25."""
     def apply_model(model, settings, params, routing, batch, amax=None):
-        return params[batch["tokens_BT"]], {"balance_loss": 0.25, "routing": {"layers": None, "mtp": []}}
+        return params[batch["tokens_BT"]], tiny.balanced(0.25)
 
     monkeypatch.setattr(reinforce, "apply_model", apply_model)
     batch, rng = tiny.batch(((9,), (7,), (12,), (5,))), np.random.default_rng(0)

@@ -262,14 +262,15 @@ def test_default_tiles_are_wide_where_that_takes_fewer_rounds():
 
 
 def test_tiles_are_those_of_the_gpu_that_is_meant():
-    """Not of the machine that lowers; a mesh of devices that are here says neither their kind nor their number."""
+    """Not of the machine that lowers; a mesh of other devices than GPUs says nothing of multiprocessors."""
     here = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 PCIe", core_count=114)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda: [here])
         assert (multiprocessors(), tuned.device_kind()) == (114, "NVIDIA H100 PCIe")
         with choice.meant_for_h200():
             assert (multiprocessors(), tuned.device_kind()) == (132, "NVIDIA H200")
-        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",))):
+        of_cpus = jax.sharding.AbstractDevice(device_kind="cpu", platform="cpu", num_cores=None)
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",), abstract_device=of_cpus)):
             assert multiprocessors() == 114
     assert (multiprocessors(), tuned.device_kind()) == (132, "NVIDIA H200")
 

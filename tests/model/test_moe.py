@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from research.model.moe import MixtureOfExperts, choose_experts, gate_weights, nodes_reached
+from research.model.moe import MixtureOfExperts, choose_experts, gate_weights, groups_reached
 from research.precision.products import Products
 from research.precision.recipe import RECIPES
 from research.tree import paths
@@ -82,7 +82,7 @@ def test_a_token_reaches_the_nodes_of_its_experts_once_each(name):
     config = router(name)
     chosen_XK = np.asarray(chooser(name)(affinities(), np.zeros(E, np.float32)))
     expected = [len({expert // (E // config.n_group) for expert in row}) for row in chosen_XK.tolist()]
-    np.testing.assert_array_equal(nodes_reached(chosen_XK, config), expected)
+    np.testing.assert_array_equal(groups_reached(chosen_XK, config), expected)
     assert name == "greedy" or max(expected) <= config.topk_group
 
 

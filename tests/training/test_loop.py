@@ -101,11 +101,11 @@ def test_what_a_run_leaves(peace):
     validation = runs.lines(workdir, "validation")
     assert [line["step"] for line in validation] == [6, 12]
     assert all(set(line) == {"step", "split", "loss", "bits_per_byte", "mtp_accuracy", "targets", "load_violation",
-                             "expert_load", "mtp_expert_load", "nodes_a_token"} for line in validation)
+                             "expert_load", "mtp_expert_load", "groups_a_token"} for line in validation)
     m = settings().model
     for line in validation:
-        assert len(line["nodes_a_token"]) == len(line["expert_load"])
-        assert all(1 <= nodes <= m.topk_group for nodes in line["nodes_a_token"])
+        assert len(line["groups_a_token"]) == len(line["expert_load"])
+        assert all(1 <= groups <= m.topk_group for groups in line["groups_a_token"])
         assert len(line["expert_load"]) == m.num_hidden_layers - m.first_k_dense_replace
         assert len(line["mtp_expert_load"]) == settings().mtp.num_nextn_predict_layers
         for load in (*line["expert_load"], *line["mtp_expert_load"]):

@@ -32,7 +32,8 @@ def rows(study: Study, found: dict) -> list[Row]:
             ours, theirs = (found[size, claim.quantity, arm] for arm in (claim.arm, claim.than))
             lost = _lost(claim.arm, ours) + _lost(claim.than, theirs)
             paired = [ours[seed] - theirs[seed] for seed in ours]
-            table.append(Row(f"{size}: {claim.arm} less {claim.than}", claim.quantity, claim.paper,
+            printed = claim.paper if claim.paper is None or math.isfinite(claim.paper) else None
+            table.append(Row(f"{size}: {claim.arm} less {claim.than}", claim.quantity, printed,
                              **_spread(paired, claim.quantity), verdict=verdict(paired, claim.paper),
                              how=f"{claim.where}; {margin(paired)}{lost}"))
     return table

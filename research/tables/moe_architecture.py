@@ -1,7 +1,7 @@
 """DeepSeekMoE's Table 1 and §4.4-4.5: dense, few large experts, many small ones, with and without shared ones."""
 
 from research.tables.judgement import draw
-from research.tables.study import Claim, Study
+from research.tables.study import LOWER, Claim, Study
 
 __all__ = ["draw"]
 
@@ -20,11 +20,11 @@ STUDY = Study(
     (NATS,),
     (Claim(NATS, "top_1", "dense", -0.179, "2.060 to 1.881"), Claim(NATS, "top_2", "top_1", -0.014, "1.881 to 1.867"),
      Claim(NATS, FINE, "top_2", -0.059, "1.867 to 1.808"),
-     Claim(NATS, "shared", "top_2", -1.0, "Figure 3, an order"), Claim(NATS, "fine_2", "shared", -1.0, "Figure 3"),
-     Claim(NATS, FINE, "fine_2", -1.0, "Figure 3"),
+     Claim(NATS, "shared", "top_2", LOWER, "Figure 3, an order"), Claim(NATS, "fine_2", "shared", LOWER, "Figure 3"),
+     Claim(NATS, FINE, "fine_2", LOWER, "Figure 3"),
      Claim(NATS, "fine_4_unshared", FINE, None, "no figure in the paper"),
      Claim(NATS, "shared_2", FINE, -0.002, "1.808 to 1.806"), Claim(NATS, "shared_4", FINE, 0.003, "1.808 to 1.811"),
-     Claim(NATS, HALF, "top_2", -1.0, "Figure 6, an order"),
+     Claim(NATS, HALF, "top_2", LOWER, "Figure 6, an order"),
      Claim(NATS, DISABLED, FINE, 0.606, "§4.5: 1.808 to 2.414")),
     {(NATS, "dense"): 2.060, (NATS, "top_1"): 1.881, (NATS, "top_2"): 1.867, (NATS, FINE): 1.808,
      (NATS, "shared_2"): 1.806, (NATS, "shared_4"): 1.811, (NATS, DISABLED): 2.414},

@@ -1,7 +1,7 @@
 """DeepSeek-V2's Tables 8 and 9: kinds of attention at equal size, quality against the bytes of the cache."""
 
 from research.tables.judgement import draw
-from research.tables.study import Claim, Study
+from research.tables.study import HIGHER, LOWER, Claim, Study
 
 __all__ = ["draw"]
 
@@ -14,6 +14,6 @@ NOTES = (
 BPB, BYTES = "bits per byte", "bytes of cache a token"
 STUDY = Study(
     "attention", ("mha", "gqa", "mqa", "mla"), (BPB, BYTES),
-    (Claim(BPB, "mqa", "gqa", 1.0, "MQA below GQA on all 4 benchmarks"),
-     Claim(BPB, "gqa", "mha", 1.0, "GQA below MHA on all 4"),
-     Claim(BPB, "mla", "mha", -1.0, "MLA above MHA on 3 of 4 (small), 4 of 4 (large)")))
+    (Claim(BPB, "mqa", "gqa", HIGHER, "MQA below GQA on all 4 benchmarks"),
+     Claim(BPB, "gqa", "mha", HIGHER, "GQA below MHA on all 4"),
+     Claim(BPB, "mla", "mha", LOWER, "MLA above MHA on 3 of 4 (small), 4 of 4 (large)")))

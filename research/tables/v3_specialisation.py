@@ -12,7 +12,7 @@ from research.data.sources import utf8_bytes
 from research.errors import RunError
 from research.tables import study
 from research.tables.readings import Reading
-from research.tables.study import Claim, Run, Study
+from research.tables.study import HIGHER, Claim, Run, Study
 
 TITLE = "Experts' load by domain of text"
 SOURCE = "DeepSeek-V3 (2412.19437) §4.5.3, Figure 9: relative load on the Pile's domains at 15.7B, two layers"
@@ -26,7 +26,7 @@ NOTES = (
 FREE, BOTH, LOSS = "bias_alone", "bias", "sequence_loss"
 MOVED = "load that domains move, %"
 STUDY = Study("balance", (FREE, BOTH, LOSS), (MOVED,), (
-    Claim(MOVED, FREE, LOSS, 1.0, "Figure 9, an order"), Claim(MOVED, BOTH, LOSS, None, "no figure in the paper")))
+    Claim(MOVED, FREE, LOSS, HIGHER, "Figure 9, an order"), Claim(MOVED, BOTH, LOSS, None, "no figure in the paper")))
 LEAST = 1500  # tokens of a domain
 
 

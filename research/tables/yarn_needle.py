@@ -8,7 +8,7 @@ from research.data.needles import VALUES, Needles
 from research.data.packing import Stream
 from research.tables import study
 from research.tables.readings import Reading
-from research.tables.study import Claim, Run, Study
+from research.tables.study import HIGHER, Claim, Run, Study
 
 TITLE = "Needles in contexts of up to four trained lengths"
 SOURCE = "DeepSeek-V3 (2412.19437) §4.3 and Figure 8: 4K to 32K to 128K; YaRN (2309.00071)"
@@ -32,7 +32,7 @@ SHOWN = {BASE: "as trained", UNTRAINED: "YaRN, untrained", PLAIN: "trained, no Y
 ONCE, FOUR = "found at 1 T, %", "found at 4 T, %"
 STUDY = Study(
     "yarn", (BASE, UNTRAINED, "half", EXTENDED, "plain_half", PLAIN), tuple(f"found at {n} T, %" for n in TIMES),
-    (Claim(FOUR, EXTENDED, BASE, 1.0, "Figure 8 and YaRN's premise, an order"),
+    (Claim(FOUR, EXTENDED, BASE, HIGHER, "Figure 8 and YaRN's premise, an order"),
      Claim(FOUR, EXTENDED, UNTRAINED, None, "no figure in the paper"),
      Claim(FOUR, EXTENDED, PLAIN, None, "no figure in the paper"),
      Claim(FOUR, EXTENDED, "half", None, "no figure in the paper"),

@@ -13,7 +13,7 @@ from research.errors import Diverged, RequestError, RunError
 from research.tables import __main__ as main
 from research.tables import judgement, runner, study
 from research.tables.judgement import NOISE, NOT, ONE, REPRODUCED
-from research.tables.study import Claim, Study
+from research.tables.study import HIGHER, LOWER, Claim, Study
 from research.training import loop
 from tests.tables.test_tables import PNG
 from tests.tables.test_tables import run as answer
@@ -93,6 +93,8 @@ def test_a_stopped_run_is_gone_on_with_and_a_failed_one_is_named(tmp_path, monke
     ([-0.02, 0.03, -0.02], -0.001, NOISE), ([-0.02, -0.001, -0.03], -0.001, NOISE),  # one sign
     ([0.02, 0.021, 0.019], 0.0, NOT), ([0.02, -0.03, 0.01], 0.0, NOISE),
     ([0.02, 0.021, 0.019], None, "higher"), ([-0.02, -0.021, -0.019], None, "lower"), ([0.02, -0.02], None, NOISE),
+    ([0.02, 0.021, 0.019], HIGHER, REPRODUCED), (3 * [math.inf], HIGHER, REPRODUCED), (3 * [math.inf], LOWER, NOT),
+    ([0.02, 0.021, 0.019], LOWER, NOT), ([0.02, -0.02], LOWER, NOISE),
     ([0.02], 0.01, ONE), (3 * [math.inf], 1.0, REPRODUCED), (3 * [math.inf], -0.01, NOT),
     (3 * [-math.inf], None, "lower"),
     ([0.02, math.inf, 0.02], 1.0, judgement.DIVERGED), ([math.nan, math.inf, math.inf], 1.0, judgement.DIVERGED),
@@ -145,9 +147,10 @@ def test_a_run_that_diverges_is_a_result(tmp_path, monkeypatch):
     assert runs.lines(planned[1].workdir)[-1] == {"step": 2, "split": "diverged"}
     monkeypatch.setattr(loop, "train", None)
     study.train(planned)
-    both = replace(PAIR, claims=(Claim("MaxVio", "depth_1", "depth_0", 1.0, "there"), *PAIR.claims))
+    both = replace(PAIR, claims=(Claim("MaxVio", "depth_1", "depth_0", HIGHER, "there"), *PAIR.claims))
     *arms, violation, claim = judgement.rows(both, study.measure(both, planned))
     assert (violation.ours, violation.verdict) == (None, judgement.DIVERGED)  # of no loss it says nothing
+    assert violation.paper is None and claim.paper == -0.001  # a side is no figure
     shown = {(row.what, row.unit): (row.ours, row.how) for row in arms}
     nothing = None, "no seed; it diverged in seeds 0, 1, 2"
     assert shown["micro: depth_1", "bits per byte"] == nothing == shown["micro: depth_1", "MaxVio of a batch"]

@@ -14,8 +14,6 @@ os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_backend_opt
                            " --xla_cpu_parallel_codegen_split_count=1 --xla_backend_extra_options="
                            "xla_cpu_disable_new_fusion_emitters,xla_cpu_optimize_for_size,"
                            "xla_cpu_disable_loop_unrolling,xla_cpu_disable_slp_vectorizer")
-# Memory of one compilation serves the next, in processes that are started from here: given back, it is zeroed anew.
-os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(2**26)}
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # nobody reads of an operation which line has asked for it
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # its threads wait by spinning, and the other worker has that processor
 

@@ -189,7 +189,7 @@ WRONG = [
           "--workdir={mistoken}"),
     # checkpoints
     *(pytest.param(["{micro}", f"--config.{change}"], pattern, id=f"resume {change}") for change, pattern in (
-        ("model.hidden_size=40", r"{run}/checkpoints/2 belongs to another model: .*\(2, 32, .* in the checkpoint"),
+        ("model.hidden_size=40", r"{run}/checkpoints/2 belongs to another model: .*\(1, 32, .* in the checkpoint"),
         ("model.num_hidden_layers=3", r"{run}/checkpoints/2 belongs to another model: "),
         ("training.ema_decay=0", r"{run}/checkpoints/2 belongs to another model: the model lacks ema/"),
         ("optimizer.name=muon", r"{run}/checkpoints/2 belongs to another model: "),
@@ -242,7 +242,7 @@ def places(tmp_path_factory) -> dict[str, str]:
     (root / "torn/config.json").write_text(text[:100])
     (root / "listed/config.json").write_text("[1]")
     (root / "newer/config.json").write_text(text.replace("hidden_size", "hidden_sise"))
-    (root / "odd/config.json").write_text(text.replace('"num_hidden_layers": 2', '"num_hidden_layers": 0'))
+    (root / "odd/config.json").write_text(text.replace('"num_hidden_layers": 1', '"num_hidden_layers": 0'))
     del plain["training"]["seed"]
     (root / "older/config.json").write_text(json.dumps(plain))
     (root / "tokenless/tokenizer.json").unlink()

@@ -10,7 +10,6 @@ from research.tables.runner import published
 from research.tables.v3_cost import analytic
 
 BATCH = 15360  # V3's sequences of a step
-H800 = "GB a device (logarithmic; an H800 has 80)"
 
 
 def published_stages() -> list:
@@ -59,7 +58,13 @@ def device(data: int, expert: int, pipeline: int, recipe: str = "fp8_deepseek") 
 
 def draw_device(axes, found: dict[str, float]) -> None:
     """Gigabytes of each part, and of all, beside what an H800 has."""
-    plots.bars(axes, list(found), {"a device": [size / 1e9 for size in found.values()]}, H800, 1, log=True)
+    _beside_an_h800(axes, found, "a device", 1)
+
+
+def _beside_an_h800(axes, sizes: dict[str, float], name: str, digits: int) -> None:
+    """Bars of bytes, and a line at what one has."""
+    plots.bars(axes, list(sizes), {name: [size / 1e9 for size in sizes.values()]},
+               "GB a device (logarithmic; an H800 has 80)", digits, log=True)
     axes.axvline(80, color="black", linestyle="--", linewidth=1)
 
 
@@ -81,10 +86,8 @@ def draw_mesh(axes, meshes: dict[str, tuple[str, ...]], recipe: str) -> None:
     totals = {}
     for name, fields in meshes.items():
         settings = published("deepseek_v3", *fields, f"precision.recipe={recipe}")
-        totals[name] = memory.of_device(settings, True)["total"] / 1e9
-    plots.bars(axes, list(totals), {recipe: list(totals.values())}, H800, 0,
-               log=True)
-    axes.axvline(80, color="black", linestyle="--", linewidth=1)
+        totals[name] = memory.of_device(settings, True)["total"]
+    _beside_an_h800(axes, totals, recipe, 0)
 
 
 def draw_sparsity(axes, gpu: str, mfu: float, tokens: float) -> None:

@@ -150,18 +150,23 @@ def test_a_killed_sampling_goes_on_without_loss_or_repetition(copy):
     assert told["samples"] < again["samples"] <= 80 + 80 // 2 + 16  # what was done twice counts twice
 
 
-def test_a_stopped_reinforcement_goes_on_as_if_it_had_not_been(whole, copy, monkeypatch):
-    shutil.rmtree(copy / "teacher")
+def stop_at(number, monkeypatch, workdir, stage, **changes):
+    """A stage that gets SIGTERM when the batch of this update is asked for, and saves."""
     batch = rollouts.Rollouts.batch
 
     def stopped(self, step, state):
-        if step == 4:
+        if step == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return batch(self, step, state)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(rollouts.Rollouts, "batch", stopped)
-        run(copy, "teacher")
+        run(workdir, stage, **changes)
+
+
+def test_a_stopped_reinforcement_goes_on_as_if_it_had_not_been(whole, copy, monkeypatch):
+    shutil.rmtree(copy / "teacher")
+    stop_at(4, monkeypatch, copy, "teacher")
     assert [line["step"] for line in runs.lines(copy / "teacher")] == [1, 2, 3, 4]
     run(copy, "teacher")
     assert runs.lines(copy / "teacher") == runs.lines(whole[0] / "teacher")
@@ -324,16 +329,7 @@ def test_a_student_learns_on_policy_and_its_teachers_work_is_told(on_policy):
 
 
 def test_a_stopped_one_goes_on_as_if_it_had_not_been(on_policy, copy, monkeypatch):
-    batch = rollouts.Rollouts.batch
-
-    def stopped(self, step, state):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return batch(self, step, state)
-
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(rollouts.Rollouts, "batch", stopped)
-        run(copy, "student", **ON_POLICY)
+    stop_at(2, monkeypatch, copy, "student", **ON_POLICY)
     assert len(runs.lines(copy / "on_policy")) == 2
     run(copy, "student", **ON_POLICY)
     assert runs.lines(copy / "on_policy") == runs.lines(on_policy / "on_policy")

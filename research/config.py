@@ -37,7 +37,7 @@ AT_LEAST = {  # numbers with a lower bound
         "model.rope_scaling.factor", "model.rope_scaling.original_max_position_embeddings", "training.steps",
         "training.batch_size", "training.accumulation_steps", "evaluation.batches", "evaluation.batch_size",
         "evaluation.sample_tokens", "evaluation.decode_tokens", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor",
-        "mesh.pipeline", "checkpoint.keep_last"),
+        "mesh.pipeline", "checkpoint.keep_last", "training.expert_room"),
     2: ("data.sequence_length",),
     0: ("model.scan_unroll", "model.first_k_dense_replace", "model.n_routed_experts", "model.n_shared_experts",
         "model.bias_update_speed", "model.aux_loss_alpha", "mtp.num_nextn_predict_layers", "mtp.loss_weight",

@@ -6,18 +6,18 @@ IMPLEMENTATIONS = ("auto", "xla", "inference", "reference")
 
 
 def experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, *,
-            formats=("float32", "float32", "float32"), implementation="auto", expected_pairs: int | None = None):
+            formats=("float32", "float32", "float32"), implementation="auto", pairs: tuple[int, int] | None = None):
     """Sum over each token's chosen experts of weight * SwiGLU expert. Returns y_XD.
 
     indices_XK: int32, distinct within a token. formats: operand dtypes of the forward, input-gradient and
     weight-gradient products (all accumulate in float32). implementation: `auto` is `xla`, which runs anywhere;
     `inference` has no gradient and takes fewer pairs than experts one by one; `reference` computes all experts for all
-    tokens. expected_pairs: where padding names no expert by the index E, about how many pairs do name one.
+    tokens. pairs: where padding names no expert by the index E, about how many pairs name one, and the most that can.
     """
     if implementation == "inference" and indices_XK.size <= gate_EDF.shape[0]:
         return few.experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK)
     if implementation == "reference":
         return reference.experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK)
-    capacity, tiles = xla.capacity_and_tiles(expected_pairs or indices_XK.size, gate_EDF.shape[0])
-    return xla.experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, tiles, formats,
-                       expected_pairs is not None)
+    expected, most = pairs or (indices_XK.size, None)
+    capacity, tiles = xla.capacity_and_tiles(expected, gate_EDF.shape[0])
+    return xla.experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, tiles, formats, most)

@@ -31,12 +31,15 @@ class Plan(NamedTuple):
     valid_XK: jax.Array | None  # pairs that name an expert; None: all do
 
 
-def make_plan(indices_XK, n_experts: int, capacity: int, tiles: tuple[tuple[int, int], ...], padded=False) -> Plan:
+def make_plan(indices_XK, n_experts: int, capacity: int, tiles: tuple[tuple[int, int], ...],
+              most: int | None = None) -> Plan:
     """Sorts the pairs by expert, stably: the first tokens of the batch get the slots.
 
-    padded: the index `n_experts` names none; such a pair has no row, and reads some row that it must not use.
+    most: of pairs, where the index `n_experts` names none; such a pair has no row, and reads some row that it must not
+    use. None: all pairs name one.
     """
     P, S, least = indices_XK.size, n_experts * capacity, tiles[-1][0]
+    padded, most = most is not None, P if most is None else most
     key_P = jnp.sort(indices_XK.reshape(-1) * P + jnp.arange(P, dtype=jnp.int32))
     order_P, expert_P = key_P % P, key_P // P
     count_E = jnp.zeros(n_experts, jnp.int32).at[indices_XK.reshape(-1)].add(1)
@@ -49,7 +52,8 @@ def make_plan(indices_XK, n_experts: int, capacity: int, tiles: tuple[tuple[int,
     first_row_E = jnp.where(slots_used, S, 0) + jnp.cumsum(left_E) - left_E
     row_P = jnp.where(rank_P < fit_E[expert_P], expert_P * capacity + rank_P,
                       (first_row_E - fit_E)[expert_P] + rank_P)
-    n_rows = (max(P, S + P // 8) + (least - 1) * min(n_experts, P)  # as many as may be in the last tiles of experts
+    n_rows = (max(most, S + most // 8)
+              + (least - 1) * min(n_experts, most)  # as many as may be in the last tiles of experts
               + tiles[0][0])  # and a tile of nobody: see `_over_tiles`
     if padded:  # rows behind the end are dropped where they are written, and are the first where they are read
         row_P = jnp.where(expert_P < n_experts, row_P, n_rows + jnp.arange(P, dtype=jnp.int32))
@@ -100,12 +104,13 @@ def capacity_and_tiles(n_pairs: int, n_experts: int) -> tuple[int, tuple[tuple[i
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
-def experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, tiles, formats, padded=False):
+def experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, tiles, formats,
+            most: int | None = None):
     """Equal to the reference in any split; see `capacity_and_tiles` for the numbers. Returns float32 y_XD.
 
-    padded: the index E names no expert.
+    most: of pairs that name an expert, where the index E names none.
     """
-    return _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, tiles, formats, padded)[0]
+    return _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, tiles, formats, most)[0]
 
 
 def _if_slots(plan: Plan, compute):
@@ -141,12 +146,12 @@ def _product(spec, a, b, dtype):
     return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
 
 
-def _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, tiles, formats, padded):
+def _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, capacity, tiles, formats, most):
     X = x_XD.shape[0]
     E, K = gate_EDF.shape[0], indices_XK.shape[1]
     product = partial(_product, dtype=formats[0])
-    plan = make_plan(indices_XK, E, capacity, tiles, padded)
-    if padded:
+    plan = make_plan(indices_XK, E, capacity, tiles, most)
+    if most is not None:
         weights_XK = jnp.where(plan.valid_XK, weights_XK, 0)
     token_R = jnp.minimum(plan.pair_R // K, X - 1)  # an empty row computes the last token, nobody reads it
 
@@ -186,7 +191,7 @@ def _swiglu_backward(g, u, da, weight):
     return a * weight, jnp.sum(a * da, axis=-1), d * u * s * (1 + g * (1 - s)), d * g * s
 
 
-def _backward(capacity, tiles, formats, padded, residuals, dy_XD):
+def _backward(capacity, tiles, formats, most, residuals, dy_XD):
     x_XD, gate_EDF, up_EDF, down_EFD, weights_XK, plan, g_RF, u_RF = residuals
     X = x_XD.shape[0]
     E, K = gate_EDF.shape[0], weights_XK.shape[1]
@@ -229,10 +234,10 @@ def _backward(capacity, tiles, formats, padded, residuals, dy_XD):
 
     dx_RD, dweight_R, dgate_EDF, dup_EDF, ddown_EFD = _over_tiles(plan, tiles, add_tiles, _if_slots(plan, in_slots))
     dx_KXD = (dx_RD[plan.row_XK[:, k]] for k in range(K))
-    if padded:
+    if most is not None:
         dx_KXD = (jnp.where(plan.valid_XK[:, k, None], dx_XD, 0) for k, dx_XD in enumerate(dx_KXD))
     dx_XD, dweights_XK = sum(dx_KXD).astype(x_XD.dtype), dweight_R[plan.row_XK]
-    if padded:
+    if most is not None:
         dweights_XK = jnp.where(plan.valid_XK, dweights_XK, 0)
     return dx_XD, dgate_EDF, dup_EDF, ddown_EFD, None, dweights_XK
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 from jax.extend.core import Literal
+from jax.sharding import AbstractMesh
 from ml_collections import FrozenConfigDict
 from tqdm import tqdm
 
@@ -23,7 +24,11 @@ from research.accounting.request import settings_of
 from research.environment import runnable
 from research.errors import RequestError, nearest
 from research.model.build import make_model, variable_shapes
+from research.model.moe import in_float32
 from research.parallel import pipeline
+from research.parallel.experts import room_for
+from research.parallel.mesh import TYPES
+from research.parallel.rules import AXES
 from research.precision.quantize import weight
 from research.precision.recipe import RECIPES
 from research.training.optimizer import make_optimizer
@@ -60,21 +65,32 @@ def parts(settings, tokens: int) -> dict[str, list[jax.ShapeDtypeStruct]]:
         return kept_by(lambda x_w: products.linear(made(x_w[0]), x_w[1], name, {}),
                        (array(tokens, features, dtype=products.dtype), array(features, D)))
 
-    def network(function, *more, experts=()):
-        F = m.moe_intermediate_size if experts else m.intermediate_size
-        weights = array(*experts, D, F), array(*experts, D, F), array(*experts, F, D)
-        return kept_by(lambda inputs, *more: function(made(inputs[0]), *inputs[1:], *more, {}),
-                       (array(tokens, D, dtype=products.dtype), *weights), *more)
-
     value_width = m.v_head_dim if m.attention == "mla" else m.head_dim
+    dense = array(D, m.intermediate_size), array(D, m.intermediate_size), array(m.intermediate_size, D)
     found = {"projection": linear("q_proj", D), "o_proj": linear("o_proj", m.num_attention_heads * value_width),
-             "dense": network(products.feed_forward)}
+             "dense": kept_by(lambda x_w: products.feed_forward(made(x_w[0]), *x_w[1:], {}),
+                              (array(tokens, D, dtype=products.dtype), *dense))}
     if m.n_routed_experts:
-        K = m.num_experts_per_tok
-        found["experts"] = network(
-            lambda x, g, u, d, chosen, histories: products.experts(x, g, u, d, *chosen, histories),
-            (array(tokens, K, dtype=jnp.int32), array(tokens, K)), experts=(m.n_routed_experts,))
+        found["experts"] = _kept_by_experts(settings, tokens)
     return found
+
+
+def _kept_by_experts(settings, tokens: int, mesh=None, gate=False) -> list[jax.ShapeDtypeStruct]:
+    """What is kept of so many tokens by a layer's routed experts and, if so, its gate; on one device or by all of a
+    mesh."""
+    m, products = settings.model, make_model(settings, mesh).products
+    E, D, F, K = m.n_routed_experts, m.hidden_size, m.moe_intermediate_size, m.num_experts_per_tok
+
+    def run(x_w, indices_XK, weights_XK):
+        x, kernel_DE, *weights = x_w
+        x_XD = jax.lax.optimization_barrier(x)
+        y_XD = products.experts(x_XD, *weights, indices_XK, weights_XK, {})
+        return y_XD, in_float32(x_XD, kernel_DE) if gate else None
+
+    weights = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((D, E), (E, D, F), (E, D, F), (E, F, D)))
+    with jax.sharding.use_abstract_mesh(mesh) if mesh else contextlib.nullcontext():
+        return kept_by(run, (jax.ShapeDtypeStruct((tokens, D), products.dtype), *weights),
+                       jax.ShapeDtypeStruct((tokens, K), jnp.int32), jax.ShapeDtypeStruct((tokens, K), jnp.float32))
 
 
 def of_model(settings, tokens: int) -> list[jax.ShapeDtypeStruct]:
@@ -107,8 +123,8 @@ def of_device(settings, gpu: bool) -> dict[str, int]:
     weights: as the products read them (16 bits, or the 8-bit copies); master, moments, average (of the weights):
     float32, moments as the config says. Everything that one weight has is divided by fsdp, tensor and pipeline, routed
     experts by expert; moments and average also by the rest of the mesh (ZeRO-1). activations: what the forward
-    pass keeps of a device's rows of one of the `accumulation_steps` pieces; experts see as many of those of all devices
-    of the axis expert as a balanced router sends (the program has room for all, `mesh.expert` times as many). buffers:
+    pass keeps of a device's rows of one of the `accumulation_steps` pieces; experts of a device of the axis expert have
+    `training.expert_room` times those that a balanced router sends. buffers:
     what the backward pass has beside them at its beginning. total: the largest sum that is alive at once, where
     gradients take the place of activations, unless they are accumulated over pieces.
 
@@ -141,7 +157,7 @@ def of_device(settings, gpu: bool) -> dict[str, int]:
         "gradients": 4 * held,
         "moments": bytes_of(jax.tree.leaves(jax.eval_shape(make_optimizer(settings).init, params))) / devices,
         "average": 4 * total / devices if settings.training.ema_decay else 0,
-        "activations": kept / mesh.expert * in_flight / mesh.tensor,
+        "activations": (kept / mesh.expert + _kept_in_room(settings, tokens, gpu)) * in_flight / mesh.tensor,
         "buffers": _passing(settings, tokens) / mesh.tensor,
     }
     state = of["weights"] + of["master"] + of["moments"] + of["average"]
@@ -173,8 +189,23 @@ def _passing(settings, tokens: int) -> float:
     if not m.n_routed_experts:
         return logits
     width = jnp.dtype(RECIPES[settings.precision.recipe].activations).itemsize
-    rows = tokens * m.num_experts_per_tok
+    n, K = settings.mesh.expert, m.num_experts_per_tok
+    rows = tokens * K if n == 1 else room_for(n, settings.training.expert_room, tokens, K, m.n_routed_experts // n)[0]
     return max(logits, width * rows * (3 * m.hidden_size + 6 * m.moe_intermediate_size))
+
+
+def _kept_in_room(settings, tokens: int, gpu: bool) -> float:
+    """Bytes that all layers' experts keep on a device of mesh.expert beyond its share of what one device would keep of
+    the tokens of all: the tokens that have come, and room that may stay empty."""
+    n = settings.mesh.expert
+    if n == 1 or settings.model.remat == "layer":
+        return 0
+    mesh = AbstractMesh(tuple(n if axis == "expert" else 1 for axis in AXES), AXES, axis_types=TYPES)
+    with runnable(), meant_for_h200() if gpu else contextlib.nullcontext():
+        over, alone = (bytes_of(_kept_by_experts(settings, n * tokens, each, gate=True)) for each in (mesh, None))
+    layers = sum(leaf.shape[0] if len(leaf.shape) == 4 else 1 for path, leaf in shapes(settings).items()
+                 if is_routed_expert(path) and path.endswith("/gate_proj"))
+    return layers * (over - alone) / n
 
 
 @functools.lru_cache(maxsize=4)  # V3 takes seconds to trace

@@ -21,7 +21,8 @@ def make_model(settings, mesh: Mesh | None = None) -> Transformer:
     """The model of the settings, whose `model.vocab_size` is resolved; over a mesh, or on one device."""
     p = settings.precision
     names = tuple(filter(None, p.high_precision.split(",")))
-    return Transformer(settings.model, settings.mtp, Products(RECIPES[p.recipe], names, p.implementation, mesh=mesh))
+    over = {} if mesh is None else {"mesh": mesh, "expert_room": settings.training.expert_room}
+    return Transformer(settings.model, settings.mtp, Products(RECIPES[p.recipe], names, p.implementation, **over))
 
 
 def variable_shapes(model: Transformer, settings):

@@ -49,6 +49,12 @@ def gate_weights(affinity_XE, indices_XK, config):
     return weights_XK * config.routed_scaling_factor
 
 
+@partial(jax.checkpoint, prevent_cse=False)
+def in_float32(x_XD, kernel_DE):
+    """The gate's product, which keeps x as it is for the backward pass; as the experts' exchange does."""
+    return jnp.dot(x_XD.astype(jnp.float32), kernel_DE)
+
+
 class Gate(nn.Module):
     """Affinities in float32 and the choice of experts; its bias is state (`routing`), not a parameter."""
 
@@ -60,7 +66,7 @@ class Gate(nn.Module):
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
         kernel_DE = self.param("kernel", init, (x_XD.shape[-1], c.n_routed_experts), jnp.float32)
-        logits_XE = jnp.dot(x_XD.astype(jnp.float32), kernel_DE)
+        logits_XE = in_float32(x_XD, kernel_DE)
         affinity_XE = jax.nn.sigmoid(logits_XE) if c.scoring_func == "sigmoid" else jax.nn.softmax(logits_XE)
         bias_E = None
         if c.topk_method == "noaux_tc":

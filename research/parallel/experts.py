@@ -1,13 +1,16 @@
 """Routed experts over a mesh: each device of the axis `expert` holds E/n of them, and tokens go to them and back.
 
 A token is sent once to each device that holds any of its experts, with its choices and gate values; what comes back is
-its experts' weighted sum there. Exact and dropless whatever the router does: there is room for the most that can come,
-all tokens of the n devices. On a GPU or TPU only the tokens themselves travel (`ragged_all_to_all`); XLA:CPU has no
-such exchange, and sends the room. Shared experts are outside. Letters beside the house's: `X` tokens of a device, `n`
-devices of the axis, `R` rows that a device can have to send, `Y` rows that can come to it (n X).
+its experts' weighted sum there. Exact and dropless whatever the router does, in the memory of a device that is given:
+what a device has no room for comes in further rounds, as many as the fullest device needs. On a GPU or TPU only the
+tokens themselves travel (`ragged_all_to_all`); XLA:CPU has no such exchange, and sends all tokens to all devices.
+Shared experts are outside. Letters beside the house's: `X` tokens of a device, `n` devices of the axis, `k` of a
+token's choices that one device can have, `R` rows that a device can have to send, `Y` rows that it has room for.
 """
 
+import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +22,15 @@ from kernels.choice import platform
 from research.parallel.rules import BATCH, around
 
 
-def over_mesh(compute, mesh: Mesh, x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK):
+def over_mesh(compute, mesh: Mesh, room: float, x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK):
     """`compute` of the same arguments, on the devices of the mesh; X is split over data, fsdp and expert.
 
-    compute(..., expected_pairs=None): see `kernels.experts.experts`. The gradients of weights add up over the devices
-    that share them, as the transpose of their being given to each.
+    compute(..., pairs=None): see `kernels.experts.experts`. room: for pairs of a token and an expert on a device, times
+    what a balanced router sends there. The gradients of weights add up over the devices that share them, as the
+    transpose of their being given to each.
     """
     n = mesh.shape["expert"]
-    run = partial(exchanged, compute, n) if n > 1 else compute
+    run = partial(exchanged, compute, n, room) if n > 1 else compute
 
     def local(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK):
         y_XD = run(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK)
@@ -39,66 +43,152 @@ def over_mesh(compute, mesh: Mesh, x_XD, gate_EDF, up_EDF, down_EFD, indices_XK,
         x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK)
 
 
-def exchanged(compute, n: int, x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK):
+def room_for(n: int, room: float, X: int, K: int, E: int) -> tuple[int, int]:
+    """How many pairs a device has room for, and the most that can come to it. E: its own experts."""
+    k = min(K, E)
+    return min(n * X * k, max(k, math.ceil(room * X * K))), n * X * k
+
+
+def exchanged(compute, n: int, room: float, x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK):
     """The experts of this device's tokens, wherever they are, from within `shard_map`; E counts this device's own."""
     X, E, K = x_XD.shape[0], gate_EDF.shape[0], indices_XK.shape[1]
     there_nXK = indices_XK[None] // E == jnp.arange(n)[:, None, None]
     own_nXK = jnp.where(there_nXK, indices_XK[None] % E, E)  # E names no expert
     first_nXK = jnp.argsort(own_nXK, axis=-1)[..., : min(K, E)]  # a device has no more of a token's choices
-    own_nXK, gates_nXK = (jnp.take_along_axis(z, first_nXK, axis=-1)
+    own_nXk, gates_nXk = (jnp.take_along_axis(z, first_nXK, axis=-1)
                           for z in (own_nXK, jnp.where(there_nXK, weights_XK[None], 0)))
-    goes_nX = jnp.any(there_nXK, axis=-1)
-    exchange = padded if platform() == "cpu" else ragged
-    come, back = exchange(n, min(n, K), goes_nX)
-    y_YD = compute(come(x_XD, 0), gate_EDF, up_EDF, down_EFD, come(own_nXK, E), come(gates_nXK, 0),
-                   expected_pairs=X * K)
-    return back(y_YD)
+    size_nX = jnp.sum(there_nXK, axis=-1, dtype=jnp.int32)
+    pairs, most = room_for(n, room, X, K, E)
+    one_round = partial(_one_round, partial(compute, pairs=(X * K, pairs)), min(n, K), min(pairs, n * X))
+    operands = x_XD, gates_nXk, gate_EDF, up_EDF, down_EFD
+    if pairs == most:
+        return one_round(own_nXk, size_nX > 0, *operands)
+    sizes_nn = lax.all_gather(jnp.sum(size_nX, axis=1), "expert")  # pairs from, to
+    start_n = _starts(sizes_nn, 0)[lax.axis_index("expert")]
+    window = pairs - min(K, E) + 1  # so that the last token that begins in it ends in the room
+    round_nX = jnp.where(size_nX > 0, (start_n[:, None] + _starts(size_nX, 1)) // window, -1)
+    rounds = -(-jnp.max(jnp.sum(sizes_nn, axis=0)) // window)
+    return _in_rounds(one_round, rounds, own_nXk, round_nX, operands)
 
 
-def padded(n: int, most: int, goes_nX):
-    """As `ragged`, by `all_to_all` of all tokens to all devices."""
-    X = goes_nX.shape[1]
-    exchange = partial(lax.all_to_all, axis_name="expert", split_axis=0, concat_axis=0, tiled=True)
-
-    def come(z, fill):
-        z_nXD = jnp.where(goes_nX[..., None], z if z.ndim == 3 else z[None], fill)
-        return exchange(z_nXD).reshape(n * X, -1)
-
-    def back(y_YD):
-        return jnp.sum(exchange(y_YD.reshape(n, X, -1)), axis=0)
-
-    return come, back
+def _starts(sizes, axis: int):
+    """Where each of these begins, one after another."""
+    return jnp.cumsum(sizes, axis=axis) - sizes
 
 
-def ragged(n: int, most: int, goes_nX):
-    """The way of this device's tokens to others and back, where goes_nX says which token goes to which device.
+def _one_round(compute, most: int, room: int, own_nXk, goes_nX, x_XD, gates_nXk, gate_EDF, up_EDF, down_EFD):
+    """What the tokens that go in this round get. most: to how many devices one can go; room: of a device, in rows."""
+    exchange = Padded if platform() == "cpu" else Ragged
+    way = exchange.of(most, goes_nX)
+    y_YD = compute(_come(exchange, room, way, x_XD), gate_EDF, up_EDF, down_EFD,
+                   exchange.come(way, room, own_nXk, gate_EDF.shape[0]), exchange.come(way, room, gates_nXk, 0))
+    return _back(exchange, room, way, y_YD)
 
-    most: to how many devices one token can go. Returns come(z, fill): of z (X, D), or (n, X, D) with a row for each
-    device, the rows that come here, (Y, D), and `fill` after them; and back(y_YD): for each token of this device the
-    sum of what the devices that it went to made of it, (X, D).
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _come(exchange, room: int, way, x_XD):
+    """`exchange.come` of tokens. Its transpose is `_back`: of rows to which none has come the gradient is zero."""
+    return exchange.come(way, room, x_XD, 0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _back(exchange, room: int, way, y_YD):
+    """`exchange.back` of rows, of which those to which no token has come are zero. Its transpose is `_come`."""
+    return exchange.back(way, y_YD)
+
+
+_come.defvjp(lambda exchange, room, way, x_XD: (_come(exchange, room, way, x_XD), way),
+             lambda exchange, room, way, dx_YD: (None, _back(exchange, room, way, dx_YD)))
+_back.defvjp(lambda exchange, room, way, y_YD: (_back(exchange, room, way, y_YD), way),
+             lambda exchange, room, way, dy_XD: (None, _come(exchange, room, way, dy_XD)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_rounds(one_round, rounds, own_nXk, round_nX, operands):
+    """The sum of one_round(own_nXk, goes_nX, *operands) over the rounds; round_nX: in which each token goes, -1: none.
+
+    The first, the only one of a router that is balanced well enough, keeps what its backward pass needs. The others,
+    whose number is known when they run, are computed again there.
     """
-    X = goes_nX.shape[1]
-    R, size_n = X * most, jnp.sum(goes_nX, axis=1, dtype=jnp.int32)
-    sizes_nn = lax.all_gather(size_n, "expert")  # from, to
-    me = lax.axis_index("expert")
+    return _rounds_forward(one_round, rounds, own_nXk, round_nX, operands)[0]
 
-    def starts(sizes, axis):
-        return jnp.cumsum(sizes, axis=axis) - sizes
 
-    start_n, came_n = starts(size_n, 0), sizes_nn[:, me]
-    rank_nX = jnp.cumsum(goes_nX, axis=1, dtype=jnp.int32) - 1
-    row_nX = jnp.where(goes_nX, start_n[:, None] + rank_nX, R)
-    pair_R = jnp.zeros(R, jnp.int32).at[row_nX.reshape(-1)].set(jnp.arange(n * X, dtype=jnp.int32), mode="drop")
-    row_WX = jnp.sort(row_nX, axis=0)[:most]  # of a token's ways, R for those that it does not take
+def _rounds_forward(one_round, rounds, own_nXk, round_nX, operands):
+    y_XD, back = jax.vjp(partial(one_round, own_nXk, round_nX == 0), *operands)
+    y_XD = lax.fori_loop(1, rounds, lambda r, y_XD: y_XD + one_round(own_nXk, round_nX == r, *operands), y_XD)
+    return y_XD, (back, rounds, own_nXk, round_nX, operands)
 
-    def come(z, fill):
-        z_RD = z[pair_R % X] if z.ndim == 2 else z.reshape(n * X, -1)[pair_R]
-        return lax.ragged_all_to_all(z_RD, jnp.full((n * X, z.shape[-1]), fill, z.dtype), start_n, size_n,
-                                     starts(sizes_nn, 0)[me], came_n, axis_name="expert")
 
-    def back(y_YD):
-        y_RD = lax.ragged_all_to_all(y_YD, jnp.zeros((R, y_YD.shape[1]), y_YD.dtype), starts(came_n, 0), came_n,
-                                     starts(sizes_nn, 1)[:, me], size_n, axis_name="expert")
-        return sum(jnp.where((row_X < R)[:, None], y_RD[jnp.minimum(row_X, R - 1)], 0) for row_X in row_WX)
+def _rounds_backward(one_round, kept, dy_XD):
+    back, rounds, own_nXk, round_nX, operands = kept
 
-    return come, back
+    def add(r, gradients):
+        again = jax.vjp(partial(one_round, own_nXk, round_nX == r), *operands)[1](dy_XD)
+        return jax.tree.map(jnp.add, gradients, again)
+
+    return None, None, None, lax.fori_loop(1, rounds, add, back(dy_XD))
+
+
+_in_rounds.defvjp(_rounds_forward, _rounds_backward)
+
+
+class Padded(NamedTuple):
+    """As `Ragged`, by `all_to_all` of all tokens to all devices."""
+
+    goes_nX: jax.Array
+    came_X: jax.Array  # of all tokens of the n devices
+
+    @classmethod
+    def of(cls, most: int, goes_nX):
+        return cls(goes_nX, _to_all(goes_nX).reshape(-1))
+
+    def rows(self, room: int):
+        return jnp.argsort(~self.came_X, stable=True)[:room]
+
+    def come(self, room: int, z, fill):
+        z_nXD = jnp.where(self.goes_nX[..., None], z if z.ndim == 3 else z[None], fill)
+        return _to_all(z_nXD).reshape(self.came_X.size, -1)[self.rows(room)]
+
+    def back(self, y_YD):
+        y_XD = jnp.zeros((self.came_X.size, y_YD.shape[1]), y_YD.dtype)
+        y_XD = y_XD.at[self.rows(len(y_YD))].set(y_YD, unique_indices=True)
+        return jnp.sum(_to_all(y_XD.reshape(*self.goes_nX.shape, -1)), axis=0)
+
+
+def _to_all(z_nXD):
+    return lax.all_to_all(z_nXD, "expert", split_axis=0, concat_axis=0, tiled=True)
+
+
+class Ragged(NamedTuple):
+    """The way of this device's tokens to others and back."""
+
+    pair_R: jax.Array  # what is sent, device by device: flat index into n*X
+    row_WX: jax.Array  # of R, for each of a token's ways; R for those that it does not take
+    sizes_nn: jax.Array  # rows from, to
+
+    @classmethod
+    def of(cls, most: int, goes_nX):
+        """goes_nX: which token goes to which device, each to `most` of them."""
+        n, X = goes_nX.shape
+        R, size_n = X * most, jnp.sum(goes_nX, axis=1, dtype=jnp.int32)
+        rank_nX = jnp.cumsum(goes_nX, axis=1, dtype=jnp.int32) - 1
+        row_nX = jnp.where(goes_nX, _starts(size_n, 0)[:, None] + rank_nX, R)
+        pair_R = jnp.zeros(R, jnp.int32).at[row_nX.reshape(-1)].set(jnp.arange(n * X, dtype=jnp.int32), mode="drop")
+        return cls(pair_R, jnp.sort(row_nX, axis=0)[:most], lax.all_gather(size_n, "expert"))
+
+    def come(self, room: int, z, fill):
+        """Of z (X, D), or (n, X, D) with a row for each device: the rows that come here and `fill` after them, (Y, D),
+        where Y is the room."""
+        me, X = lax.axis_index("expert"), self.row_WX.shape[1]
+        z_RD = z[self.pair_R % X] if z.ndim == 2 else z.reshape(-1, z.shape[-1])[self.pair_R]
+        return lax.ragged_all_to_all(z_RD, jnp.full((room, z.shape[-1]), fill, z.dtype), _starts(self.sizes_nn[me], 0),
+                                     self.sizes_nn[me], _starts(self.sizes_nn, 0)[me], self.sizes_nn[:, me],
+                                     axis_name="expert")
+
+    def back(self, y_YD):
+        """For each token of this device the sum of what the devices that it went to made of it, (X, D)."""
+        me, R = lax.axis_index("expert"), self.pair_R.size
+        came_n = self.sizes_nn[:, me]
+        y_RD = lax.ragged_all_to_all(y_YD, jnp.zeros((R, y_YD.shape[1]), y_YD.dtype), _starts(came_n, 0), came_n,
+                                     _starts(self.sizes_nn, 1)[:, me], self.sizes_nn[me], axis_name="expert")
+        return sum(jnp.where((row_X < R)[:, None], y_RD[jnp.minimum(row_X, R - 1)], 0) for row_X in self.row_WX)

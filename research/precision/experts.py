@@ -39,11 +39,13 @@ class Rows(NamedTuple):
         return self.pair_M.size == BLOCK * self.expert_N.size
 
 
-def sort_rows(indices_XK, n_experts: int, block: int = BLOCK) -> Rows:
+def sort_rows(indices_XK, n_experts: int, block: int = BLOCK, most: int | None = None) -> Rows:
     """Sorts pairs by expert, stably, padded to blocks of `block` rows. Shapes are static: M is the most that any
-    routing needs. A pair whose index is `n_experts` names none: it has no row, and reads one that it must not use."""
+    routing of `most` pairs (None: all) needs. A pair whose index is `n_experts` names none: it has no row, and reads
+    one that it must not use."""
     P = indices_XK.size
-    M = (P + (block - 1) * min(n_experts, P)) // block * block
+    most = P if most is None else most
+    M = (most + (block - 1) * min(n_experts, most)) // block * block
     expert_P = indices_XK.reshape(-1)
     order_P = jnp.argsort(expert_P, stable=True)
     count_E = jnp.zeros(n_experts, jnp.int32).at[expert_P].add(1)
@@ -152,18 +154,18 @@ def _rows_of(x_XD, token_M, valid_M):
 
 @partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
 def swiglu(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, histories, recipe: Recipe, implementation: str,
-           padded: bool = False):
+           most: int | None = None):
     """Sum over a token's experts of weight * (silu(x gate) * (x up)) down; dtype of x.
 
     A dense network: indices_XK and weights_XK are None and its weights have no axis E. histories: {} or, for delayed
-    scaling, those of HISTORIES, whose "gradients" are the histories after this step (see `matmul.linear`). padded:
-    the index E names no expert; of such a pair the weight is 0.
+    scaling, those of HISTORIES, whose "gradients" are the histories after this step (see `matmul.linear`). most: of
+    pairs that name an expert, where the index E names none; of such a pair the weight is 0.
     """
     return _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, histories, recipe, implementation,
-                    padded)[0]
+                    most)[0]
 
 
-def _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, histories, recipe, implementation, padded):
+def _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, histories, recipe, implementation, most):
     form, dtype, past = recipe.forward, x_XD.dtype, histories.get
     weights = [weight(w, form.right, implementation, past(name))
                for name, w in (("gate", gate_EDF), ("up", up_EDF), ("down", down_EFD))]
@@ -173,7 +175,7 @@ def _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, histories
         x, x_t = kept_input(x_XD, recipe, False, implementation, histories)
     else:
         n_experts = gate_EDF.shape[0]
-        rows = sort_rows(indices_XK, n_experts, grouped.block_rows(implementation))
+        rows = sort_rows(indices_XK, n_experts, grouped.block_rows(implementation), most)
         token_M, valid_M = _tokens(rows, indices_XK)
         x = _dispatched(x_XD, recipe.dispatch or form.left, rows, token_M, valid_M, implementation, past("x"))
         x_t = x if recipe.requantize else _quantize(
@@ -234,7 +236,7 @@ def _activation_backward(g: Quantized, u: Quantized, da_MF, weight_M, rows, reci
     return dg, du, a_t, jnp.sum(a_MF * da_MF, axis=-1), followed
 
 
-def _backward(recipe, implementation, padded, residuals, dy_XD):
+def _backward(recipe, implementation, most, residuals, dy_XD):
     kept, rows, indices_XK, weights_XK, seen, histories = residuals
     kept_x, kept_g, kept_u, gate, up, down = (q.unpacked() for q in kept)
     x_t = kept_x
@@ -265,7 +267,7 @@ def _backward(recipe, implementation, padded, residuals, dy_XD):
         dx_XD, dweights_XK = dx_MD, None
     else:
         dx_KXD, dweights_XK = [dx_MD[row_X] for row_X in rows.row_XK.T], dweight_M[rows.row_XK]
-        if padded:
+        if most is not None:
             named_XK = indices_XK < n_experts
             dx_KXD = [jnp.where(named_X[:, None], dx_XD, 0) for named_X, dx_XD in zip(named_XK.T, dx_KXD, strict=True)]
             dweights_XK = jnp.where(named_XK, dweights_XK, 0)

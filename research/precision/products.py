@@ -38,6 +38,7 @@ class Products:
     implementation: str = "auto"  # of quantised products: see kernels/choice.py
     experts_implementation: str = "auto"  # of float experts: see kernels/experts
     mesh: Mesh | None = None  # of the devices that share the model; None: one device
+    expert_room: float | None = None  # on a device of the mesh: see `parallel.experts`
 
     @property
     def dtype(self):
@@ -97,13 +98,19 @@ class Products:
 
     def experts(self, x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, histories):
         """The routed experts, in the dtype of activations; see `kernels.experts.experts`."""
-        if self.quantizes(*FEED_FORWARD):
-            def compute(*operands, expected_pairs=None):
-                return swiglu(*operands, histories, self.recipe, self.implementation, expected_pairs is not None)
-        else:
-            def compute(*operands, expected_pairs=None):
-                return experts(*operands, formats=self._floats, implementation=self.experts_implementation,
-                               expected_pairs=expected_pairs).astype(self.dtype)
-
+        compute = self.own_experts(histories)
         operands = x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK
-        return compute(*operands) if self.mesh is None else over_mesh(compute, self.mesh, *operands)
+        if self.mesh is None:
+            return compute(*operands)
+        return over_mesh(compute, self.mesh, self.expert_room, *operands)
+
+    def own_experts(self, histories):
+        """`experts` of what is on one device, as a function with `pairs` beside the operands: see `over_mesh`."""
+        if self.quantizes(*FEED_FORWARD):
+            def compute(*operands, pairs=None):
+                return swiglu(*operands, histories, self.recipe, self.implementation, pairs and pairs[1])
+        else:
+            def compute(*operands, pairs=None):
+                return experts(*operands, formats=self._floats, implementation=self.experts_implementation,
+                               pairs=pairs).astype(self.dtype)
+        return compute

@@ -11,7 +11,8 @@ SOURCE = "DeepSeek-V3 (2412.19437) §3.1-3.2: 16-way pipeline, 64-way experts, Z
 NOTES = (
     "Memory: the account's, of FP8 training with the up-projections computed again and one row of 4,096 tokens a "
     "micro-batch, but with the float32 weights split over all GPUs that would hold copies, which V3 does and training "
-    "here does not; no GPU was measured. An H800 has 80 GB. DualPipe's second copy of a stage's weights is not in it.",
+    "here does not, and with room on each GPU for 1.25 times what a balanced router sends its experts; no GPU was "
+    "measured. An H800 has 80 GB. DualPipe's second copy of a stage's weights is not in it.",
     "Products: the FLOPs of Insights' rule, attention at 989 TFLOP/s, all else at twice that, the peak of FP8.",
     "Sent: each token to at most 4 nodes in FP8 with its scales, back in bfloat16, and the same for the gradients, at "
     "50 GB/s (400G InfiniBand), which hides behind the products or they behind it.",
@@ -21,6 +22,7 @@ NOTES = (
 
 GPU, NETWORK = cost.GPUS["H800"], 50e9  # bytes a second
 ROWS, STEP = 15360, 19.926  # a step of V3, and its seconds on the first mesh
+ROOM = 1.25  # for what comes to a device's experts, times a balanced router's
 MESHES = ((16, 64, 2), (16, 64, 1), (8, 64, 1))  # pipeline, expert, data
 
 
@@ -28,7 +30,7 @@ def of_mesh(pipeline: int, expert: int, data: int) -> list[Row]:
     gpus, batches = pipeline * expert * data, ROWS // (expert * data)
     s = published("deepseek_v3", f"mesh.pipeline={pipeline}", f"mesh.expert={expert}", f"mesh.data={data}",
                   f"training.accumulation_steps={batches}", f"training.batch_ramp_start={ROWS}",
-                  "evaluation.batch_size=128")
+                  "evaluation.batch_size=128", f"training.expert_room={ROOM}")
     m, tokens = s.model, ROWS * s.data.sequence_length / gpus
     counted = flops.by_isca_rule(s)
     attention = counted["training_full"] - counted["training_causal"]

@@ -1,6 +1,7 @@
 """Bytes that are kept for the backward pass: counted from shapes, checked against compiled programs."""
 
 import functools
+import math
 from dataclasses import replace
 
 import jax
@@ -182,3 +183,22 @@ def test_wrong_requests(monkeypatch):
     monkeypatch.setattr(memory, "_RECIPES", type("Flag", (), {"value": ["fp8_deepsek"]}))
     with pytest.raises(RequestError, match="fp8_deepsek.*fp8_deepseek"):
         memory.main()
+
+
+@pytest.mark.parametrize("recipe, room", [("bfloat16", 1.5), ("bfloat16", 8.0), ("fp8_deepseek", 1.0)])
+def test_experts_of_a_mesh_keep_what_they_have_room_for(recipe, room):
+    """By hand, of three layers (the multi-token module's is one): the tokens that have come, in 8 bits in the order of
+    the experts' padded rows; of each of those SwiGLU's two inputs; x, which the gate keeps; and weights in 8 bits."""
+    n, X = 4, 2048
+    s = settings_of("experiments/nano.py:smoke", (
+        "model.hidden_size=512", "model.moe_intermediate_size=256", "training.batch_size=8", f"mesh.expert={n}",
+        f"training.expert_room={room}", f"precision.recipe={recipe}"))
+    m = s.model
+    E, D, F, K = m.n_routed_experts // n, m.hidden_size, m.moe_intermediate_size, m.num_experts_per_tok
+    pairs, width = min(math.ceil(room * X * K), n * X * K), 1 if recipe == "fp8_deepseek" else 2
+    came = (pairs + 127 * E if width == 1 else min(pairs, n * X)) * D * width
+    copies = 3 * E * D * F if width == 1 else 0
+    expected = 3 * (came + (pairs + 127 * E) * 2 * F * width + X * D * 2 + copies)
+    with memory.meant_for_h200():
+        share = 3 * memory.bytes_of(memory._kept_by_experts(s, n * X, gate=True)) / n
+    assert memory._kept_in_room(s, X, gpu=True) + share == pytest.approx(expected, rel=0.1)  # and many indices

@@ -77,11 +77,11 @@ CASES = {  # name: tokens, experts, chosen, who chooses what; equal shapes share
 }
 
 
-@partial(jax.jit, static_argnames=("implementation", "formats", "expected_pairs"))
-def value_and_gradients(inputs, indices_XK, dy_XD, implementation, formats=("float32",) * 3, expected_pairs=None):
+@partial(jax.jit, static_argnames=("implementation", "formats", "pairs"))
+def value_and_gradients(inputs, indices_XK, dy_XD, implementation, formats=("float32",) * 3, pairs=None):
     def value(x, gate, up, down, weights):
         return experts(x, gate, up, down, indices_XK, weights, formats=formats, implementation=implementation,
-                       expected_pairs=expected_pairs)
+                       pairs=pairs)
 
     y_XD, backward = jax.vjp(value, *inputs)
     return y_XD, dict(zip(("x", "gate", "up", "down", "weights"), backward(dy_XD.astype(y_XD.dtype)), strict=True))
@@ -226,12 +226,13 @@ def test_slots_are_left_out_where_they_would_stay_empty(name, slots):
 
 @pytest.mark.parametrize("name", ["random", "two experts take all"])
 def test_pairs_without_an_expert_are_nowhere(name):
-    """Half of the pairs name none, by the index E: output and gradients are those of gate weights of zero."""
+    """Half of the pairs name none, by the index E: output and gradients are those of gate weights of zero, in as many
+    rows as the others take."""
     (*inputs, weights_XK), indices_XK = inputs_of(*CASES[name])
     dy_XD, named_XK = output_gradient(len(indices_XK)), np.random.default_rng(1).uniform(size=indices_XK.shape) < 0.5
     expected, gradients = value_and_gradients((*inputs, np.where(named_XK, weights_XK, 0)), indices_XK, dy_XD,
                                               "reference")
     gradients["weights"] = np.where(named_XK, gradients["weights"], 0)
     actual = value_and_gradients((*inputs, weights_XK), np.where(named_XK, indices_XK, 8), dy_XD, "xla",
-                                 expected_pairs=indices_XK.size // 2)
+                                 pairs=(indices_XK.size // 2, int(np.sum(named_XK))))
     assert_close(actual, (expected, gradients))

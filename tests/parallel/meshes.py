@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import tempfile
 from dataclasses import replace
@@ -10,7 +11,7 @@ DEVICES = 8
 FIELDS = {
     "model.num_hidden_layers": 1, "model.first_k_dense_replace": 0, "model.moe_intermediate_size": 40,
     "mtp.num_nextn_predict_layers": 1, "training.batch_size": 8,
-    "training.ema_decay": 0.5,
+    "training.ema_decay": 0.5, "training.expert_room": 8.0,  # for all that can come
     "optimizer.clip_norm": 0, "model.bias_update_until": 1.0, "mtp.loss_weight_switch": 1.0,
 }
 MESHES = {
@@ -31,6 +32,7 @@ IN_PIECES = {  # of these, and of the one device that they must equal: a dense l
 ROWS = ((7, 5), (4, 3, 3), (12,), (5, 6), (2, 2, 2), (9, 1), (11,), ())
 STEPS = 3
 DISPATCHED = "tensor and expert"  # as training dispatches; the definition, elsewhere, compiles in a third of the time
+IN_ROUNDS = "expert"  # with room for a balanced router's rows alone
 
 
 def run(name: str) -> dict:
@@ -46,9 +48,10 @@ def run(name: str) -> dict:
     pieces = IN_PIECES if name in ("one in pieces", *PIPELINES) else {}
     rows = ROWS * (2 if pieces else 1)
     s = tiny.settings(FIELDS | pieces | {f"mesh.{axis}": size for axis, size in MESHES[name].items()}
-                      | {"model.attention_implementation": attention})
+                      | {"model.attention_implementation": attention,
+                         "training.expert_room": 1.0 if name == IN_ROUNDS else FIELDS["training.expert_room"]})
     model, variables = tiny.model(s, experts=experts)
-    model = model.clone(products=replace(model.products, mesh=make_mesh(s)))
+    model = model.clone(products=replace(model.products, mesh=make_mesh(s), expert_room=s.training.expert_room))
     state = init_state(model, s, variables)
     step = make_train_step(model, s).lower(state, tiny.batch(rows)).compile()
     metrics, gradients = [], None
@@ -68,7 +71,8 @@ def run(name: str) -> dict:
 
 
 def in_8_bits(**sizes) -> dict:
-    """Loss and gradients of a step under `fp8_deepseek`, 128 tokens a device: whole tiles. Activations are in float32:
+    """Loss and gradients of a step under `fp8_deepseek`, 128 tokens a device: whole tiles, and more than a device with
+    four experts of eight has room for in one round. Activations are in float32:
     in 16 bits XLA rounds between other operations in each program, and 8-bit values move to their neighbours."""
     import numpy as np
 
@@ -79,7 +83,8 @@ def in_8_bits(**sizes) -> dict:
     from tests import tiny
 
     fields = FIELDS | {"model.attention": "gqa", "model.attention_implementation": "reference",
-                       "mtp.num_nextn_predict_layers": 0, "data.sequence_length": 128, "training.ema_decay": 0.0}
+                       "mtp.num_nextn_predict_layers": 0, "data.sequence_length": 128, "training.ema_decay": 0.0,
+                       "training.expert_room": 1.0}
     s = tiny.settings(fields | {"precision.recipe": "fp8_deepseek"}
                       | {f"mesh.{axis}": size for axis, size in sizes.items()})
     model, (_, variables) = make_model(s, make_mesh(s)), tiny.model(tiny.settings(fields))
@@ -106,7 +111,8 @@ def restored(folder: str) -> dict:
         s = tiny.settings(FIELDS | {"model.num_hidden_layers": 2, "training.accumulation_steps": 2}
                           | {f"mesh.{axis}": size for axis, size in sizes.items()})
         model, variables = tiny.model(s)
-        return model.clone(products=replace(model.products, mesh=make_mesh(s))), s, variables
+        products = replace(model.products, mesh=make_mesh(s), expert_room=s.training.expert_room)
+        return model.clone(products=products), s, variables
 
     def held(state):
         return list(state["params"]["layers"]["mlp"]["gate_proj"].addressable_shards[0].data.shape)
@@ -137,8 +143,8 @@ def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_si
 
 
 def ragged() -> dict:
-    """{routing: {what: its largest error of the largest entry}} of the ragged exchange over expert 4 x data 2; and how
-    often the program for GPUs has one (`lowered`)."""
+    """{routing: {what: its largest error of the largest entry}} of the ragged exchange over expert 4 x data 2, in one
+    round or up to three; of the program for GPUs how many it has (`lowered`), and of how many `rows` arrays are."""
     from functools import partial
     from unittest import mock
 
@@ -162,7 +168,7 @@ def ragged() -> dict:
         return jnp.sum(y_XD * dy_XD), y_XD
 
     of = jax.jit(jax.value_and_grad(loss, argnums=(2, 3, 4, 5, 6), has_aux=True), static_argnums=0)
-    over, found = partial(parallel.over_mesh, compute, mesh), {}
+    over, found = partial(parallel.over_mesh, compute, mesh, 1.5), {}
     for routing, indices_XK in {
         "random": np.argsort(rng.random((X, E)), axis=1)[:, :K], "one device has all": np.tile([[2, 3]], (X, 1)),
         "two devices have all": np.tile([[7, 0]], (X, 1)), "in turn": np.add.outer(np.arange(X), [0, 1]) % E,
@@ -175,8 +181,9 @@ def ragged() -> dict:
             ("y", "x", "gate", "up", "down", "weights"), (y, *gradients), (other, *others), strict=True)}
     jax.clear_caches()  # of what was traced with the emulation
     with mock.patch.object(parallel, "platform", lambda: "gpu"):
-        traced = of.trace(over, jnp.int32(indices_XK), *operands)
-    return found | {"lowered": traced.lower(lowering_platforms=("cuda",)).as_text().count("@ragged_all_to_all")}
+        text = of.trace(over, jnp.int32(indices_XK), *operands).lower(lowering_platforms=("cuda",)).as_text()
+    return found | {"lowered": text.count("@ragged_all_to_all"),
+                    "rows": sorted({int(rows) for rows in re.findall(rf"tensor<(\d+)x{D}xf32>", text)})}
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def pair(number: int) -> dict:
 
     s = tiny.settings(SHAPE | {"mesh.expert": 2})
     model, variables = tiny.model(s)
-    model = model.clone(products=replace(model.products, mesh=make_mesh(s)))
+    model = model.clone(products=replace(model.products, mesh=make_mesh(s), expert_room=s.training.expert_room))
     stop = StopRequests(hosts.Stops(model.products.mesh))
     votes = []
     for code in (0, 143 if number else 0, 130):

@@ -32,9 +32,10 @@ $(VENV)/ready: requirements.txt requirements-dev.txt
 run: setup
 	$(BIN)/python -m research.main --config=experiments/nano.py --workdir=$(WORKDIR)
 
+# What a compiler allocates lies on large pages, as in the commands themselves: a tenth of the compilations' time.
 test: setup
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m "not gpu" --numprocesses=2 --dist=loadfile
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses=2 --dist=loadfile
 
 bench: setup
 	$(BIN)/python -m research.bench

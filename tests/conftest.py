@@ -9,8 +9,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("PJRT_NPROC", "16")
 
 # Programs here run once and are small: what counts is how long they take to compile. Of that, fusions through MLIR are
-# a quarter: XLA's older way to LLVM gives the same values (a run outside the tests compiles the newer one). A sixth is the
-# verifier, which reads the whole program again after each pass that has changed it.
+# a quarter: XLA's older way to LLVM gives the same values (a run outside the tests compiles the newer one). A sixth is
+# the verifier, which reads the whole program again after each pass that has changed it.
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
                            " --xla_cpu_parallel_codegen_split_count=1 --xla_disable_hlo_passes=hlo-verifier"
                            " --xla_backend_extra_options="

@@ -160,7 +160,7 @@ def test_without_anybody_to_move_them_three_places_are_shown(monkeypatch, capsys
 
 
 def test_a_run_is_watched_while_it_trains(monkeypatch, tmp_path, capsys):
-    """The picture is drawn anew for every look at what the run has written so far."""
+    """The picture is drawn anew, in the same place, for every look at what the run has written so far."""
     lines, seen = lines_of([3.0, 2.0, 1.0]), []
 
     class Run:
@@ -184,7 +184,8 @@ def test_a_run_is_watched_while_it_trains(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(notebook, "SECONDS", 0)
     monkeypatch.setattr(notebook.subprocess, "Popen", Run)
-    found = notebook.train("experiments/nano.py", str(tmp_path / "run"), {"training.steps": 3}, lambda now: seen.append(
-        axes_of(*notebook.run_so_far(now))[0]["next token"][1].tolist()))
-    assert seen == [[3.0], [3.0, 2.0], [3.0, 2.0, 1.0]] and found == lines
+    monkeypatch.setattr(notebook, "show_in_place", lambda shown, *picture: seen.append(
+        (shown, axes_of(*picture)[0]["next token"][1].tolist())) or len(seen))
+    found = notebook.train("experiments/nano.py", str(tmp_path / "run"), {"training.steps": 3}, notebook.run_so_far)
+    assert seen == [(None, [3.0]), (1, [3.0, 2.0]), (2, [3.0, 2.0, 1.0])] and found == lines
     assert "--config.training.steps=3" in capsys.readouterr().out

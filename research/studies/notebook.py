@@ -19,9 +19,18 @@ SECONDS = 5  # between two pictures of a run that is watched
 
 def show(draw: Callable, panels: int = 1, height: float = 3.2) -> None:
     """A picture that `draw` fills, as `plots.save` has it, as the cell's output."""
+    show_in_place(None, draw, panels, height)
+
+
+def show_in_place(shown, draw: Callable, panels: int = 1, height: float = 3.2):
+    """As `show`, in the place of the picture for which this has returned `shown`; None: of none."""
     from IPython.display import Image, display
 
-    display(Image(plots.png(draw, panels, height)))
+    picture = Image(plots.png(draw, panels, height))
+    if shown is None:
+        return display(picture, display_id=True)
+    shown.update(picture)
+    return shown
 
 
 def explore(picture: Callable, **places: list) -> None:
@@ -42,27 +51,28 @@ def explore(picture: Callable, **places: list) -> None:
                          for name, values in places.items()})
 
 
-def train(config: str, workdir: str, fields: dict, watch: Callable[[list[dict]], None] | None = None) -> list[dict]:
+def train(config: str, workdir: str, fields: dict, picture: Callable[[list[dict]], tuple] | None = None) -> list[dict]:
     """`python -m research.main --config=... --workdir=... --config.FIELD=VALUE ...`; returns the lines of its metrics.
 
-    A run that has ended is not trained again. watch: shows the lines so far, again and again. RunError with what the
-    command said where it fails.
+    A run that has ended is not trained again. picture: (draw, panels) of the lines so far, shown again and again in the
+    same place. RunError with what the command said where it fails.
     """
-    path, words = Path(workdir), [f"--config.{name}={value}" for name, value in fields.items()]
+    path, shown, words = Path(workdir), None, [f"--config.{name}={value}" for name, value in fields.items()]
     command = [sys.executable, "-m", "research.main", f"--config={config}", f"--workdir={workdir}", *words]
     print(" ".join(["python", *command[1:]]).replace(" --config.", " \\\n    --config."))
     if is_finished(path, fields):
-        if watch:
-            watch(read_lines(path / "metrics.jsonl"))
-        return read_lines(path / "metrics.jsonl")
+        lines = read_lines(path / "metrics.jsonl")
+        if picture:
+            show(*picture(lines))
+        return lines
     path.parent.mkdir(parents=True, exist_ok=True)
     with (path.parent / f"{path.name}.log").open("w+") as log:
         run = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             while run.poll() is None:
-                time.sleep(SECONDS if watch else 0.5)
-                if watch and (lines := read_lines(path / "metrics.jsonl")):
-                    watch(lines)
+                time.sleep(SECONDS if picture else 0.5)
+                if picture and (lines := read_lines(path / "metrics.jsonl")):
+                    shown = show_in_place(shown, *picture(lines))
         finally:
             run.terminate()  # a cell that is interrupted stops its run, which saves
             run.wait()
@@ -76,14 +86,6 @@ def is_finished(workdir: Path, fields: dict) -> bool:
     """Whether a run with so many steps stands there, its last evaluation included."""
     lines = read_lines(workdir / "metrics.jsonl")
     return bool(lines) and lines[-1]["split"] == "validation" and lines[-1]["step"] == fields.get("training.steps")
-
-
-def watch_run(lines: list[dict]) -> None:
-    """Loss and the newest loads of experts, in the place of the picture before."""
-    from IPython.display import clear_output
-
-    clear_output(wait=True)
-    show(*run_so_far(lines))
 
 
 def run_so_far(lines: list[dict]) -> tuple[Callable, int]:

@@ -57,6 +57,7 @@ PROJECTIONS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_pro
                "gate_proj", "up_proj", "down_proj", "eh_proj")
 LARGEST = 2**31 - 1  # of any whole number
 BELOW_ONE = ("optimizer.beta1", "optimizer.beta2", "training.ema_decay")
+LATER = {"training.expert_room": 1.5}  # fields younger than runs that may be continued, with what those did
 
 
 @dataclass(frozen=True)
@@ -285,6 +286,9 @@ def read(workdir: Path) -> Settings:
         plain = json.loads(path.read_bytes())
         if not isinstance(plain, dict):
             raise RequestError(f"must be a JSON object, not {type(plain).__name__}")
+        for group, field, value in ((*name.split("."), value) for name, value in LATER.items()):
+            if isinstance(plain.get(group), dict):
+                plain[group].setdefault(field, value)
         return check(plain)
     except (FileNotFoundError, NotADirectoryError):
         raise RequestError(f"{path} does not exist: {workdir} is not the workdir of a run") from None

@@ -149,6 +149,19 @@ def test_a_number_must_be_finite(value):
     assert refused(f"optimizer.clip_norm={value}") == f"config.optimizer.clip_norm={float(value)} must be finite"
 
 
+def test_a_run_from_before_a_field_is_what_it_was(tmp_path):
+    settings = config.check(base.get_config())
+    plain = json.loads(settings.to_json())
+    for name, value in config.LATER.items():
+        group, field = name.split(".")
+        assert plain[group].pop(field) == value  # the default is what runs did before
+    (tmp_path / "config.json").write_text(json.dumps(plain))
+    assert config.read(tmp_path) == settings
+    (tmp_path / "config.json").write_text('{"training": 3}')
+    with pytest.raises(RequestError, match="training"):
+        config.read(tmp_path)
+
+
 def test_files_from_elsewhere_are_checked_as_well():
     for group, field, value in (("training", "steps", True), ("training", "steps", 1.0), ("optimizer", "beta1", "0.9"),
                                 ("data", "source", None), ("model", "norm_topk_prob", 1), ("training", "seed", [1]),

@@ -101,7 +101,7 @@ def get_config() -> ConfigDict:
     t.batch_ramp_start = 0  # sequences of the first step; 0: no ramp (V3: 3072 -> 15360)
     t.batch_ramp_until = 0.032  # fraction of the steps after which the batch is batch_size
     t.accumulation_steps = 1  # the batch in so many pieces, one after another
-    t.expert_room = 1.5  # rows a device of mesh.expert has room for, times a balanced router's; more take rounds
+    t.expert_room = 1.5  # room of a device of mesh.expert for pairs, times a balanced router's; more take rounds
     t.seed = 0
     t.ema_decay = 0.0  # of an average of the weights, saved beside them and evaluated in their place; 0: off
 

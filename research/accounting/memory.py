@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh
 from ml_collections import FrozenConfigDict
 from tqdm import tqdm
 
-from kernels.choice import meant_for_h200
+from kernels.choice import H200, meant_for_h200
 from research import command, config
 from research.accounting.parameters import is_routed_expert, shapes
 from research.accounting.request import settings_of
@@ -26,7 +26,7 @@ from research.errors import RequestError, nearest
 from research.model.build import make_model, variable_shapes
 from research.model.moe import in_float32
 from research.parallel import pipeline
-from research.parallel.experts import room_for
+from research.parallel.experts import window_and_pairs
 from research.parallel.mesh import TYPES
 from research.parallel.rules import AXES
 from research.precision.quantize import weight
@@ -123,10 +123,10 @@ def of_device(settings, gpu: bool) -> dict[str, int]:
     weights: as the products read them (16 bits, or the 8-bit copies); master, moments, average (of the weights):
     float32, moments as the config says. Everything that one weight has is divided by fsdp, tensor and pipeline, routed
     experts by expert; moments and average also by the rest of the mesh (ZeRO-1). activations: what the forward
-    pass keeps of a device's rows of one of the `accumulation_steps` pieces; experts of a device of the axis expert have
-    `training.expert_room` times those that a balanced router sends. buffers:
-    what the backward pass has beside them at its beginning. total: the largest sum that is alive at once, where
-    gradients take the place of activations, unless they are accumulated over pieces.
+    pass keeps of a device's rows of one of the `accumulation_steps` pieces; the experts of a device of the axis expert
+    have room for `training.expert_room` times those that a balanced router sends. buffers: what the backward pass has
+    beside them at its beginning, without what a further round of experts would have. total: the largest sum that is
+    alive at once, where gradients take the place of activations, unless they are accumulated over pieces.
 
     A pipeline is the one that training runs (parallel/pipeline.py): each stage holds a copy of all that is not in the
     layers they share, and of the micro-batches on their way what it has received. Where it does not divide those layers
@@ -136,6 +136,8 @@ def of_device(settings, gpu: bool) -> dict[str, int]:
     if settings.mesh.pipeline > 1 and not pipeline.shared_layers(settings.model) % settings.mesh.pipeline:
         return _of_stage(settings, gpu)
     settings = with_plain_attention(settings)
+    if not gpu and not settings.model.scan_unroll:  # XLA computes once what is written twice: nothing is computed again
+        settings = replace(settings, model=FrozenConfigDict({**settings.model, "remat": "none"}))  # outside of loops
     if not gpu and settings.precision.recipe == "bfloat16":  # XLA:CPU multiplies 16 bits through float32 copies, and
         settings = with_recipe(settings, "float32")  # keeps those
     mesh, pieces, recipe = settings.mesh, settings.training.accumulation_steps, RECIPES[settings.precision.recipe]
@@ -157,7 +159,7 @@ def of_device(settings, gpu: bool) -> dict[str, int]:
         "gradients": 4 * held,
         "moments": bytes_of(jax.tree.leaves(jax.eval_shape(make_optimizer(settings).init, params))) / devices,
         "average": 4 * total / devices if settings.training.ema_decay else 0,
-        "activations": (kept / mesh.expert + _kept_in_room(settings, tokens, gpu)) * in_flight / mesh.tensor,
+        "activations": (kept / (mesh.expert * mesh.tensor) + _kept_in_room(settings, tokens, gpu)) * in_flight,
         "buffers": _passing(settings, tokens) / mesh.tensor,
     }
     state = of["weights"] + of["master"] + of["moments"] + of["average"]
@@ -190,30 +192,29 @@ def _passing(settings, tokens: int) -> float:
         return logits
     width = jnp.dtype(RECIPES[settings.precision.recipe].activations).itemsize
     n, K = settings.mesh.expert, m.num_experts_per_tok
-    rows = tokens * K if n == 1 else room_for(n, settings.training.expert_room, tokens, K, m.n_routed_experts // n)[0]
+    rows = tokens * K if n == 1 else window_and_pairs(
+        n, settings.training.expert_room, tokens, K, m.n_routed_experts // n)[1]
     return max(logits, width * rows * (3 * m.hidden_size + 6 * m.moe_intermediate_size))
 
 
 def _kept_in_room(settings, tokens: int, gpu: bool) -> float:
     """Bytes that all layers' experts keep on a device of mesh.expert beyond its share of what one device would keep of
     the tokens of all: the tokens that have come, and room that may stay empty."""
-    n = settings.mesh.expert
+    n, devices = settings.mesh.expert, settings.mesh.expert * settings.mesh.tensor
     if n == 1 or settings.model.remat == "layer":
         return 0
-    mesh = AbstractMesh(tuple(n if axis == "expert" else 1 for axis in AXES), AXES, axis_types=TYPES)
+    mesh = AbstractMesh(tuple(settings.mesh[axis] if axis in ("expert", "tensor") else 1 for axis in AXES), AXES,
+                        axis_types=TYPES, abstract_device=H200 if gpu else None)
     with runnable(), meant_for_h200() if gpu else contextlib.nullcontext():
         over, alone = (bytes_of(_kept_by_experts(settings, n * tokens, each, gate=True)) for each in (mesh, None))
     layers = sum(leaf.shape[0] if len(leaf.shape) == 4 else 1 for path, leaf in shapes(settings).items()
                  if is_routed_expert(path) and path.endswith("/gate_proj"))
-    return layers * (over - alone) / n
+    return layers * (over - alone) / devices
 
 
 @functools.lru_cache(maxsize=4)  # V3 takes seconds to trace
 def _kept_and_copies(settings, rows: int, gpu: bool) -> tuple[int, int]:
     """What the whole model keeps of so many rows; and of its weights, whatever the rows: their copies in 8 bits."""
-    if not gpu and not settings.model.scan_unroll and settings.model.remat != "none":
-        # XLA computes once what is written twice: nothing is computed again where layers are not in a loop of their own
-        settings = replace(settings, model=FrozenConfigDict({**settings.model, "remat": "none"}))
     with runnable(), meant_for_h200() if gpu else contextlib.nullcontext():
         kept, copies = bytes_of(of_model(settings, rows * settings.data.sequence_length)), _copies(settings)
     return kept - (0 if settings.model.remat == "layer" else copies), copies  # a layer computed again makes its own

@@ -1,11 +1,13 @@
 """Routed experts over a mesh: each device of the axis `expert` holds E/n of them, and tokens go to them and back.
 
 A token is sent once to each device that holds any of its experts, with its choices and gate values; what comes back is
-its experts' weighted sum there. Exact and dropless whatever the router does, in the memory of a device that is given:
-what a device has no room for comes in further rounds, as many as the fullest device needs. On a GPU or TPU only the
-tokens themselves travel (`ragged_all_to_all`); XLA:CPU has no such exchange, and sends all tokens to all devices.
-Shared experts are outside. Letters beside the house's: `X` tokens of a device, `n` devices of the axis, `k` of a
-token's choices that one device can have, `R` rows that a device can have to send, `Y` rows that it has room for.
+its experts' weighted sum there. Dropless whatever the router does, in the memory of a device that is given: what a
+device has no room for comes in further rounds, as many as the fullest device needs. Exact, but that of a token whose
+devices take it in different rounds 16-bit sums round in another order, and tiles of 128 rows are of one round. On a GPU
+or TPU only the tokens themselves travel (`ragged_all_to_all`); XLA:CPU has no such exchange, and sends all tokens to
+all devices. Shared experts are outside. Letters beside the house's: `X` tokens of a device, `n` devices of the axis,
+`k` of a token's choices that one device can have, `W` ways of a token, to a device each, `R` rows that a device can
+have to send, `Y` rows that it has room for.
 """
 
 import math
@@ -25,7 +27,7 @@ from research.parallel.rules import BATCH, around
 def over_mesh(compute, mesh: Mesh, room: float, x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK):
     """`compute` of the same arguments, on the devices of the mesh; X is split over data, fsdp and expert.
 
-    compute(..., pairs=None): see `kernels.experts.experts`. room: for pairs of a token and an expert on a device, times
+    compute(..., pairs=None): see `kernels.experts.experts`. room: of a device for pairs of a token and an expert, times
     what a balanced router sends there. The gradients of weights add up over the devices that share them, as the
     transpose of their being given to each.
     """
@@ -43,30 +45,35 @@ def over_mesh(compute, mesh: Mesh, room: float, x_XD, gate_EDF, up_EDF, down_EFD
         x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK)
 
 
-def room_for(n: int, room: float, X: int, K: int, E: int) -> tuple[int, int]:
-    """How many pairs a device has room for, and the most that can come to it. E: its own experts."""
-    k = min(K, E)
-    return min(n * X * k, max(k, math.ceil(room * X * K))), n * X * k
+def window_and_pairs(n: int, room: float, X: int, K: int, E: int) -> tuple[int, int]:
+    """Of a device with E experts: a round takes the tokens whose pairs begin in a window of so many; and for how many
+    pairs there is room, since the last of those tokens may end behind it, up to all that can come."""
+    window, k = math.ceil(room * X * K), min(K, E)
+    return window, min(window + k - 1, n * X * k)
+
+
+def round_of(size_nX, earlier_n, window: int):
+    """In which round each token goes to each device, -1: in none. size_nX: its pairs there; earlier_n: of each device
+    the pairs that other devices before this one send there."""
+    return jnp.where(size_nX > 0, (earlier_n[:, None] + _starts(size_nX, 1)) // window, -1)
 
 
 def exchanged(compute, n: int, room: float, x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK):
     """The experts of this device's tokens, wherever they are, from within `shard_map`; E counts this device's own."""
     X, E, K = x_XD.shape[0], gate_EDF.shape[0], indices_XK.shape[1]
     there_nXK = indices_XK[None] // E == jnp.arange(n)[:, None, None]
-    own_nXK = jnp.where(there_nXK, indices_XK[None] % E, E)  # E names no expert
-    first_nXK = jnp.argsort(own_nXK, axis=-1)[..., : min(K, E)]  # a device has no more of a token's choices
+    own_nXK, k = jnp.where(there_nXK, indices_XK[None] % E, E), min(K, E)  # E names no expert
+    first_nXK = jnp.argsort(own_nXK, axis=-1)[..., :k]
     own_nXk, gates_nXk = (jnp.take_along_axis(z, first_nXK, axis=-1)
                           for z in (own_nXK, jnp.where(there_nXK, weights_XK[None], 0)))
     size_nX = jnp.sum(there_nXK, axis=-1, dtype=jnp.int32)
-    pairs, most = room_for(n, room, X, K, E)
+    window, pairs = window_and_pairs(n, room, X, K, E)
     one_round = partial(_one_round, partial(compute, pairs=(X * K, pairs)), min(n, K), min(pairs, n * X))
     operands = x_XD, gates_nXk, gate_EDF, up_EDF, down_EFD
-    if pairs == most:
+    if pairs == n * X * k:
         return one_round(own_nXk, size_nX > 0, *operands)
     sizes_nn = lax.all_gather(jnp.sum(size_nX, axis=1), "expert")  # pairs from, to
-    start_n = _starts(sizes_nn, 0)[lax.axis_index("expert")]
-    window = pairs - min(K, E) + 1  # so that the last token that begins in it ends in the room
-    round_nX = jnp.where(size_nX > 0, (start_n[:, None] + _starts(size_nX, 1)) // window, -1)
+    round_nX = round_of(size_nX, _starts(sizes_nn, 0)[lax.axis_index("expert")], window)
     rounds = -(-jnp.max(jnp.sum(sizes_nn, axis=0)) // window)
     return _in_rounds(one_round, rounds, own_nXk, round_nX, operands)
 
@@ -76,31 +83,31 @@ def _starts(sizes, axis: int):
     return jnp.cumsum(sizes, axis=axis) - sizes
 
 
-def _one_round(compute, most: int, room: int, own_nXk, goes_nX, x_XD, gates_nXk, gate_EDF, up_EDF, down_EFD):
-    """What the tokens that go in this round get. most: to how many devices one can go; room: of a device, in rows."""
+def _one_round(compute, W: int, Y: int, own_nXk, goes_nX, x_XD, gates_nXk, gate_EDF, up_EDF, down_EFD):
+    """What the tokens that go in this round get."""
     exchange = Padded if platform() == "cpu" else Ragged
-    way = exchange.of(most, goes_nX)
-    y_YD = compute(_come(exchange, room, way, x_XD), gate_EDF, up_EDF, down_EFD,
-                   exchange.come(way, room, own_nXk, gate_EDF.shape[0]), exchange.come(way, room, gates_nXk, 0))
-    return _back(exchange, room, way, y_YD)
+    way = exchange.of(W, goes_nX)
+    y_YD = compute(_come(exchange, Y, way, x_XD), gate_EDF, up_EDF, down_EFD,
+                   exchange.come(way, Y, own_nXk, gate_EDF.shape[0]), exchange.come(way, Y, gates_nXk, 0))
+    return _back(exchange, Y, way, y_YD)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _come(exchange, room: int, way, x_XD):
+def _come(exchange, Y: int, way, x_XD):
     """`exchange.come` of tokens. Its transpose is `_back`: of rows to which none has come the gradient is zero."""
-    return exchange.come(way, room, x_XD, 0)
+    return exchange.come(way, Y, x_XD, 0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _back(exchange, room: int, way, y_YD):
+def _back(exchange, Y: int, way, y_YD):
     """`exchange.back` of rows, of which those to which no token has come are zero. Its transpose is `_come`."""
     return exchange.back(way, y_YD)
 
 
-_come.defvjp(lambda exchange, room, way, x_XD: (_come(exchange, room, way, x_XD), way),
-             lambda exchange, room, way, dx_YD: (None, _back(exchange, room, way, dx_YD)))
-_back.defvjp(lambda exchange, room, way, y_YD: (_back(exchange, room, way, y_YD), way),
-             lambda exchange, room, way, dy_XD: (None, _come(exchange, room, way, dy_XD)))
+_come.defvjp(lambda exchange, Y, way, x_XD: (_come(exchange, Y, way, x_XD), way),
+             lambda exchange, Y, way, dx_YD: (None, _back(exchange, Y, way, dx_YD)))
+_back.defvjp(lambda exchange, Y, way, y_YD: (_back(exchange, Y, way, y_YD), way),
+             lambda exchange, Y, way, dy_XD: (None, _come(exchange, Y, way, dy_XD)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -139,15 +146,15 @@ class Padded(NamedTuple):
     came_X: jax.Array  # of all tokens of the n devices
 
     @classmethod
-    def of(cls, most: int, goes_nX):
+    def of(cls, W: int, goes_nX):
         return cls(goes_nX, _to_all(goes_nX).reshape(-1))
 
-    def rows(self, room: int):
-        return jnp.argsort(~self.came_X, stable=True)[:room]
+    def rows(self, Y: int):
+        return jnp.argsort(~self.came_X, stable=True)[:Y]
 
-    def come(self, room: int, z, fill):
+    def come(self, Y: int, z, fill):
         z_nXD = jnp.where(self.goes_nX[..., None], z if z.ndim == 3 else z[None], fill)
-        return _to_all(z_nXD).reshape(self.came_X.size, -1)[self.rows(room)]
+        return _to_all(z_nXD).reshape(self.came_X.size, -1)[self.rows(Y)]
 
     def back(self, y_YD):
         y_XD = jnp.zeros((self.came_X.size, y_YD.shape[1]), y_YD.dtype)
@@ -167,21 +174,21 @@ class Ragged(NamedTuple):
     sizes_nn: jax.Array  # rows from, to
 
     @classmethod
-    def of(cls, most: int, goes_nX):
-        """goes_nX: which token goes to which device, each to `most` of them."""
+    def of(cls, W: int, goes_nX):
+        """goes_nX: which token goes to which device."""
         n, X = goes_nX.shape
-        R, size_n = X * most, jnp.sum(goes_nX, axis=1, dtype=jnp.int32)
+        R, size_n = X * W, jnp.sum(goes_nX, axis=1, dtype=jnp.int32)
         rank_nX = jnp.cumsum(goes_nX, axis=1, dtype=jnp.int32) - 1
         row_nX = jnp.where(goes_nX, _starts(size_n, 0)[:, None] + rank_nX, R)
         pair_R = jnp.zeros(R, jnp.int32).at[row_nX.reshape(-1)].set(jnp.arange(n * X, dtype=jnp.int32), mode="drop")
-        return cls(pair_R, jnp.sort(row_nX, axis=0)[:most], lax.all_gather(size_n, "expert"))
+        return cls(pair_R, jnp.sort(row_nX, axis=0)[:W], lax.all_gather(size_n, "expert"))
 
-    def come(self, room: int, z, fill):
-        """Of z (X, D), or (n, X, D) with a row for each device: the rows that come here and `fill` after them, (Y, D),
-        where Y is the room."""
+    def come(self, Y: int, z, fill):
+        """Of z (X, D), or (n, X, D) with a row for each device: the rows that come here and `fill` after them, (Y, D).
+        """
         me, X = lax.axis_index("expert"), self.row_WX.shape[1]
         z_RD = z[self.pair_R % X] if z.ndim == 2 else z.reshape(-1, z.shape[-1])[self.pair_R]
-        return lax.ragged_all_to_all(z_RD, jnp.full((room, z.shape[-1]), fill, z.dtype), _starts(self.sizes_nn[me], 0),
+        return lax.ragged_all_to_all(z_RD, jnp.full((Y, z.shape[-1]), fill, z.dtype), _starts(self.sizes_nn[me], 0),
                                      self.sizes_nn[me], _starts(self.sizes_nn, 0)[me], self.sizes_nn[:, me],
                                      axis_name="expert")
 

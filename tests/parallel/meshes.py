@@ -11,7 +11,7 @@ DEVICES = 8
 FIELDS = {
     "model.num_hidden_layers": 1, "model.first_k_dense_replace": 0, "model.moe_intermediate_size": 40,
     "mtp.num_nextn_predict_layers": 1, "training.batch_size": 8,
-    "training.ema_decay": 0.5, "training.expert_room": 8.0,  # for all that can come
+    "training.ema_decay": 0.5, "training.expert_room": 1.0,  # in rounds
     "optimizer.clip_norm": 0, "model.bias_update_until": 1.0, "mtp.loss_weight_switch": 1.0,
 }
 MESHES = {
@@ -32,7 +32,6 @@ IN_PIECES = {  # of these, and of the one device that they must equal: a dense l
 ROWS = ((7, 5), (4, 3, 3), (12,), (5, 6), (2, 2, 2), (9, 1), (11,), ())
 STEPS = 3
 DISPATCHED = "tensor and expert"  # as training dispatches; the definition, elsewhere, compiles in a third of the time
-IN_ROUNDS = "expert"  # with room for a balanced router's rows alone
 
 
 def run(name: str) -> dict:
@@ -48,8 +47,7 @@ def run(name: str) -> dict:
     pieces = IN_PIECES if name in ("one in pieces", *PIPELINES) else {}
     rows = ROWS * (2 if pieces else 1)
     s = tiny.settings(FIELDS | pieces | {f"mesh.{axis}": size for axis, size in MESHES[name].items()}
-                      | {"model.attention_implementation": attention,
-                         "training.expert_room": 1.0 if name == IN_ROUNDS else FIELDS["training.expert_room"]})
+                      | {"model.attention_implementation": attention})
     model, variables = tiny.model(s, experts=experts)
     model = model.clone(products=replace(model.products, mesh=make_mesh(s), expert_room=s.training.expert_room))
     state = init_state(model, s, variables)
@@ -83,8 +81,7 @@ def in_8_bits(**sizes) -> dict:
     from tests import tiny
 
     fields = FIELDS | {"model.attention": "gqa", "model.attention_implementation": "reference",
-                       "mtp.num_nextn_predict_layers": 0, "data.sequence_length": 128, "training.ema_decay": 0.0,
-                       "training.expert_room": 1.0}
+                       "mtp.num_nextn_predict_layers": 0, "data.sequence_length": 128, "training.ema_decay": 0.0}
     s = tiny.settings(fields | {"precision.recipe": "fp8_deepseek"}
                       | {f"mesh.{axis}": size for axis, size in sizes.items()})
     model, (_, variables) = make_model(s, make_mesh(s)), tiny.model(tiny.settings(fields))

@@ -140,12 +140,12 @@ def test_where_the_platform_has_it_only_tokens_travel(found):
 def test_no_round_brings_more_than_there_is_room_for(seed):
     """Each token goes once to each device that holds any of its experts, before the last round has ended."""
     rng = np.random.default_rng(seed)
-    n, E, X = rng.integers(2, 6), rng.integers(1, 5), rng.integers(1, 9)
-    K = rng.integers(1, min(n * E, 6) + 1)
+    n, X, E = 4, 8, int(rng.integers(1, 5))
+    K = int(rng.integers(1, min(n * E, 6) + 1))
     wishes = rng.normal(size=(n, X, n * E)) + 3 * rng.integers(0, 2) * np.arange(n * E)  # of all devices' tokens
     device_nXK = np.argsort(wishes, axis=-1)[..., :K] // E
     size_nnX = np.sum(device_nXK[:, None] == np.arange(n)[None, :, None, None], axis=-1)  # from, to
-    window, pairs = experts.window_and_pairs(int(n), rng.uniform(1, 1.5), int(X), int(K), int(E))
+    window, pairs = experts.window_and_pairs(n, rng.uniform(1, 1.5), X, K, E)
     sizes_nn = size_nnX.sum(axis=-1)
     earlier_nn = np.cumsum(sizes_nn, axis=0) - sizes_nn
     round_nnX = np.stack([experts.round_of(jnp.asarray(size_nX), jnp.asarray(earlier_n), window)

@@ -48,5 +48,5 @@ def draw(axes, rows: list) -> None:
     """How often drafts stand, of the largest size."""
     size = rows[-1].what.split(": ")[0]
     shown = {(row.what, row.unit): row.ours for row in rows if not row.verdict}
-    plots.bars(axes, list(STANDS), {f"{size}: {arm}": [shown.get((f"{size}: {arm}", unit)) for unit in STANDS]
-                                    for arm in STUDY.arms}, "% of steps, mean of the seeds", 0)
+    plots.bars(axes, list(STANDS), {arm: [shown.get((f"{size}: {arm}", unit)) for unit in STANDS]
+                                    for arm in STUDY.arms}, f"% of steps, mean of the seeds, {size}", 0)

@@ -12,8 +12,6 @@ results/mtp_decode.md.
 from experiments import base, nano
 
 SWEEP = {f"depth_{depth}": {"mtp.num_nextn_predict_layers": depth} for depth in (0, 1, 2)}
-
-
 LONGER = {f"longer_{times}": times for times in (2, 4)}
 
 

@@ -98,14 +98,6 @@ class Products:
 
     def experts(self, x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, histories):
         """The routed experts, in the dtype of activations; see `kernels.experts.experts`."""
-        compute = self.own_experts(histories)
-        operands = x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK
-        if self.mesh is None:
-            return compute(*operands)
-        return over_mesh(compute, self.mesh, self.expert_room, *operands)
-
-    def own_experts(self, histories):
-        """`experts` of what is on one device, as a function with `pairs` beside the operands: see `over_mesh`."""
         if self.quantizes(*FEED_FORWARD):
             def compute(*operands, pairs=None):
                 return swiglu(*operands, histories, self.recipe, self.implementation, pairs and pairs[1])
@@ -113,4 +105,8 @@ class Products:
             def compute(*operands, pairs=None):
                 return experts(*operands, formats=self._floats, implementation=self.experts_implementation,
                                pairs=pairs).astype(self.dtype)
-        return compute
+
+        operands = x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK
+        if self.mesh is None:
+            return compute(*operands)
+        return over_mesh(compute, self.mesh, self.expert_room, *operands)

@@ -24,15 +24,16 @@ from kernels.choice import platform
 from research.parallel.rules import BATCH, around
 
 
-def over_mesh(compute, mesh: Mesh, room: float, x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK):
+def over_mesh(compute, mesh: Mesh, room: float, packings, x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK):
     """`compute` of the same arguments, on the devices of the mesh; X is split over data, fsdp and expert.
 
     compute(..., pairs=None): see `kernels.experts.experts`. room: of a device for pairs of a token and an expert, times
-    what a balanced router sends there. The gradients of weights add up over the devices that share them, as the
-    transpose of their being given to each.
+    what a balanced router sends there. packings: how tokens, and gradients, travel to their experts, each a
+    `precision.quantize.Packing`, or None: as they are; what comes back is not packed (V3 §3.3.3). The gradients of
+    weights add up over the devices that share them, as the transpose of their being given to each.
     """
     n = mesh.shape["expert"]
-    run = partial(exchanged, compute, n, room) if n > 1 else compute
+    run = partial(exchanged, compute, n, room, packings) if n > 1 else compute
 
     def local(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK):
         y_XD = run(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK)
@@ -58,7 +59,7 @@ def round_of(size_nX, earlier_n, window: int):
     return jnp.where(size_nX > 0, (earlier_n[:, None] + _starts(size_nX, 1)) // window, -1)
 
 
-def exchanged(compute, n: int, room: float, x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK):
+def exchanged(compute, n: int, room: float, packings, x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK):
     """The experts of this device's tokens, wherever they are, from within `shard_map`; E counts this device's own."""
     X, E, K = x_XD.shape[0], gate_EDF.shape[0], indices_XK.shape[1]
     there_nXK = indices_XK[None] // E == jnp.arange(n)[:, None, None]
@@ -68,7 +69,8 @@ def exchanged(compute, n: int, room: float, x_XD, gate_EDF, up_EDF, down_EFD, in
                           for z in (own_nXK, jnp.where(there_nXK, weights_XK[None], 0)))
     size_nX = jnp.sum(there_nXK, axis=-1, dtype=jnp.int32)
     window, pairs = window_and_pairs(n, room, X, K, E)
-    one_round = partial(_one_round, partial(compute, pairs=(X * K, pairs)), min(n, K), min(pairs, n * X))
+    one_round = partial(_one_round, partial(compute, pairs=(X * K, pairs)), min(n, K), min(pairs, n * X),
+                        packings)
     operands = x_XD, gates_nXk, gate_EDF, up_EDF, down_EFD
     if pairs == n * X * k:
         return one_round(own_nXk, size_nX > 0, *operands)
@@ -83,31 +85,34 @@ def _starts(sizes, axis: int):
     return jnp.cumsum(sizes, axis=axis) - sizes
 
 
-def _one_round(compute, W: int, Y: int, own_nXk, goes_nX, x_XD, gates_nXk, gate_EDF, up_EDF, down_EFD):
+def _one_round(compute, W: int, Y: int, packings, own_nXk, goes_nX, x_XD, gates_nXk, gate_EDF, up_EDF, down_EFD):
     """What the tokens that go in this round get."""
     exchange = Padded if platform() == "cpu" else Ragged
     way = exchange.of(W, goes_nX)
-    y_YD = compute(_come(exchange, Y, way, x_XD), gate_EDF, up_EDF, down_EFD,
+    y_YD = compute(_come(exchange, Y, packings[0], way, x_XD), gate_EDF, up_EDF, down_EFD,
                    exchange.come(way, Y, own_nXk, gate_EDF.shape[0]), exchange.come(way, Y, gates_nXk, 0))
-    return _back(exchange, Y, way, y_YD)
+    return _back(exchange, Y, packings[1], way, y_YD)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _come(exchange, Y: int, way, x_XD):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _come(exchange, Y: int, packing, way, x_XD):
     """`exchange.come` of tokens. Its transpose is `_back`: of rows to which none has come the gradient is zero."""
-    return exchange.come(way, Y, x_XD, 0)
+    if packing is None:
+        return exchange.come(way, Y, x_XD, 0)
+    return packing.unpacked(exchange.come(way, Y, packing.packed(x_XD), 0), x_XD)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _back(exchange, Y: int, way, y_YD):
-    """`exchange.back` of rows, of which those to which no token has come are zero. Its transpose is `_come`."""
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _back(exchange, Y: int, packing, way, y_YD):
+    """`exchange.back` of rows, of which those to which no token has come are zero. Its transpose is `_come`, with this
+    packing."""
     return exchange.back(way, y_YD)
 
 
-_come.defvjp(lambda exchange, Y, way, x_XD: (_come(exchange, Y, way, x_XD), way),
-             lambda exchange, Y, way, dx_YD: (None, _back(exchange, Y, way, dx_YD)))
-_back.defvjp(lambda exchange, Y, way, y_YD: (_back(exchange, Y, way, y_YD), way),
-             lambda exchange, Y, way, dy_XD: (None, _come(exchange, Y, way, dy_XD)))
+_come.defvjp(lambda exchange, Y, packing, way, x_XD: (_come(exchange, Y, packing, way, x_XD), way),
+             lambda exchange, Y, packing, way, dx_YD: (None, _back(exchange, Y, packing, way, dx_YD)))
+_back.defvjp(lambda exchange, Y, packing, way, y_YD: (_back(exchange, Y, packing, way, y_YD), way),
+             lambda exchange, Y, packing, way, dy_XD: (None, _come(exchange, Y, packing, way, dy_XD)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -178,7 +178,7 @@ def _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, histories
         rows = sort_rows(indices_XK, n_experts, grouped.block_rows(implementation), most)
         token_M, valid_M = _tokens(rows, indices_XK)
         x = _dispatched(x_XD, recipe.dispatch or form.left, rows, token_M, valid_M, implementation, past("x"))
-        x_t = x if recipe.requantize else _quantize(
+        x_t = x if recipe.requantize or recipe.dispatched else _quantize(
             _rows_of(x_XD, token_M, valid_M), recipe.weight_gradient.left, rows, implementation, past("x"), True)
     multiply, _ = _products(rows, n_experts, implementation)
     g_MF, u_MF = (multiply(x, w, form.accumulation, dtype) for w in (gate_t, up_t))
@@ -240,7 +240,7 @@ def _backward(recipe, implementation, most, residuals, dy_XD):
     kept, rows, indices_XK, weights_XK, seen, histories = residuals
     kept_x, kept_g, kept_u, gate, up, down = (q.unpacked() for q in kept)
     x_t = kept_x
-    if recipe.requantize:
+    if recipe.requantize or (recipe.dispatched and rows is not None):
         x_t = _quantize(kept_x.dequantized(), recipe.weight_gradient.left, rows, implementation, transposed=True)
     form, gradient_form = recipe.input_gradient, recipe.weight_gradient
     if rows is None:
@@ -253,8 +253,8 @@ def _backward(recipe, implementation, most, residuals, dy_XD):
         weight_M = jnp.where(valid_M, weights_XK.reshape(-1)[jnp.minimum(rows.pair_M, indices_XK.size - 1)], 0)
         dy = _dispatched(dy_XD, recipe.dispatch_gradient or form.left, rows, token_M, valid_M, implementation,
                          histories.get("dy"))
-        dy_t = _quantize(_rows_of(dy_XD, token_M, valid_M), gradient_form.right, rows, implementation,
-                         histories.get("dy"), True)
+        dy_MD = dy.dequantized() if recipe.dispatched else _rows_of(dy_XD, token_M, valid_M)
+        dy_t = _quantize(dy_MD, gradient_form.right, rows, implementation, histories.get("dy"), True)
     multiply, weight_gradient = _products(rows, n_experts, implementation)
     dtype = dy_XD.dtype
     da_MF = multiply(dy, down, form.accumulation, dtype)

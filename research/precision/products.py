@@ -14,6 +14,7 @@ from research.parallel.experts import over_mesh
 from research.parallel.rules import on_own_rows, over_rows, placed
 from research.precision.experts import swiglu
 from research.precision.matmul import linear, matmul
+from research.precision.quantize import Packing
 from research.precision.recipe import Format, Recipe
 
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
@@ -109,4 +110,8 @@ class Products:
         operands = x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK
         if self.mesh is None:
             return compute(*operands)
-        return over_mesh(compute, self.mesh, self.expert_room, *operands)
+        packings = None, None
+        if self.recipe.dispatched and self.quantizes(*FEED_FORWARD):
+            packings = (Packing(self.recipe.dispatch, self.implementation),
+                        Packing(self.recipe.dispatch_gradient, self.implementation))
+        return over_mesh(compute, self.mesh, self.expert_room, packings, *operands)

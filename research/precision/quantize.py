@@ -51,6 +51,27 @@ class Quantized:
         return replace(self, values=jax.lax.bitcast_convert_type(self.values, reference.STORED_AS[self.format.kind]))
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Rows as they travel: 8-bit values and the exponents of the scales of their tiles, which are powers of two, of
+    one row each."""
+
+    format: Format
+    implementation: str
+
+    def packed(self, x_RC) -> jax.Array:
+        """uint8 (R, C + ceil(C/c))."""
+        q = quantize(x_RC, self.format, self.implementation).packed()
+        exponents = jax.lax.bitcast_convert_type(q.scales.T, jnp.uint32) >> 23
+        return jnp.concatenate([q.values, exponents.astype(jnp.uint8)], axis=1)
+
+    def unpacked(self, packed, like_RC) -> jax.Array:
+        """What the rows stand for, as wide as `like_RC` and in its dtype: exact in 16 bits. Rows of zeros are zeros."""
+        values, exponents = jnp.split(packed, [like_RC.shape[1]], axis=1)
+        scales = jax.lax.bitcast_convert_type(exponents.astype(jnp.uint32) << 23, jnp.float32).T
+        return Quantized(values, scales, self.format).unpacked().dequantized().astype(like_RC.dtype)
+
+
 def quantize(x_RC, form: Format, implementation: str, history=None) -> Quantized:
     """x_RC, or (E, R, C), in the format. history: largest magnitudes of earlier steps, for delayed scaling; while they
     are all 0, and where there is none, x scales itself."""

@@ -42,6 +42,7 @@ class Recipe:
     dispatch_gradient: Format | None = None  # dy on its way to them (V3 §3.3.3); None: as in `input_gradient`
     attention_output: Format | None = None  # what the projection after attention keeps of its input (V3 §3.3.3)
     swiglu: Format | None = None  # what is kept of SwiGLU's input; its output is computed again (V3 §3.3.3)
+    dispatched: bool = False  # the weight gradients of routed experts read x and dy as they are dispatched
     requantize: bool = False  # the weight gradient reads the forward product's x, dequantised, instead of x itself
     high_precision: tuple[str, ...] = ("eh_proj",)  # projections in the dtype of activations, by name
 
@@ -86,6 +87,7 @@ RECIPES = {
                 swiglu=TILE_POW2),
         replace(DEEPSEEK, name="fp8_blockwise_gradients", input_gradient=Product(BLOCK, BLOCK),  # V3 Appendix B.2
                 dispatch_gradient=BLOCK),
+        replace(DEEPSEEK, name="fp8_dispatched", dispatched=True),
         replace(DEEPSEEK, name="fp8_requantized", requantize=True),
         replace(DEEPSEEK, name="fp8_unpromoted", forward=_unpromoted(DEEPSEEK.forward),
                 input_gradient=_unpromoted(DEEPSEEK.input_gradient),

@@ -93,6 +93,45 @@ def in_8_bits(**sizes) -> dict:
             "gradients": {path: np.asarray(x).tolist() for path, x in paths(state["optimizer"][0].mu).items()}}
 
 
+def dispatched() -> dict:
+    """Of a layer of experts under `fp8_dispatched` over expert 8: {what: its error beside one device}, and what its
+    `exchange` sends."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from research.parallel.mesh import make_mesh
+    from research.precision.products import Products
+    from research.precision.recipe import RECIPES
+    from tests import tiny
+
+    X, E, K, D, F = 64, 8, 2, 144, 40
+    mesh, rng = make_mesh(tiny.settings(FIELDS | {"mesh.expert": 8})), np.random.default_rng(0)
+    *weights, gates_XK, x_XD, dy_XD = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in (
+        (E, D, F), (E, D, F), (E, F, D), (X, K), (X, D), (X, D)))
+    indices_XK = jnp.int32(np.argsort(rng.random((X, E)), axis=1)[:, :K])
+    operands = x_XD.astype(jnp.bfloat16), *weights, gates_XK
+
+    def of(mesh):
+        products = Products(RECIPES["fp8_dispatched"], mesh=mesh, expert_room=float(E))  # all in one round
+
+        def layer(*operands):
+            *most, gates_XK = operands
+            return products.experts(*most, indices_XK, gates_XK, {})
+
+        def run(*operands):
+            y_XD, back = jax.vjp(layer, *operands)
+            return y_XD, *back(dy_XD.astype(y_XD.dtype))
+
+        compiled = jax.jit(run).lower(*operands).compile()
+        return [np.float32(z) for z in compiled(*operands)], compiled.as_text()
+
+    (one, _), (several, program) = of(None), of(mesh)
+    errors = [float(np.linalg.norm(b - a) / np.linalg.norm(a)) for a, b in zip(one, several, strict=True)]
+    return dict(zip(("y", "x", "gate", "up", "down", "gates"), errors, strict=True)) | {
+        "exchange": re.findall(r"= ([^\n]*?) all-to-all\(", program)}
+
+
 def restored(folder: str) -> dict:
     """Shapes on a device of experts saved by two stages of fsdp 4, read by expert 2 and by one; whether all bits are
     equal."""
@@ -165,7 +204,7 @@ def ragged() -> dict:
         return jnp.sum(y_XD * dy_XD), y_XD
 
     of = jax.jit(jax.value_and_grad(loss, argnums=(2, 3, 4, 5, 6), has_aux=True), static_argnums=0)
-    over, found = partial(parallel.over_mesh, compute, mesh, 1.5), {}
+    over, found = partial(parallel.over_mesh, compute, mesh, 1.5, (None, None)), {}
     for routing, indices_XK in {
         "random": np.argsort(rng.random((X, E)), axis=1)[:, :K], "one device has all": np.tile([[2, 3]], (X, 1)),
         "two devices have all": np.tile([[7, 0]], (X, 1)), "in turn": np.add.outer(np.arange(X), [0, 1]) % E,
@@ -191,4 +230,4 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         json.dump({name: run(name) for name in MESHES} | {
             "restored": restored(folder), "ragged": ragged(),
-            "in 8 bits": [in_8_bits(), in_8_bits(data=2, fsdp=2, expert=2)]}, sys.stdout)
+            "dispatched": dispatched(), "in 8 bits": [in_8_bits(), in_8_bits(data=2, fsdp=2, expert=2)]}, sys.stdout)

@@ -125,13 +125,14 @@ def swiglu(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, dy_XD, reci
     du = [d * g * sigmoid(g) for g, d in zip(g, d, strict=True)]
     dx = [rounded(a + b) for a, b in zip(multiply(quantised(dg, backward.left), gate_EDF, backward),
                                 multiply(quantised(du, backward.left), up_EDF, backward), strict=True)]
-    kept_x = x if recipe.requantize else rows_of(x_XD)
+    kept_x = x if recipe.requantize or recipe.dispatched else rows_of(x_XD)
+    kept_dy = dy if recipe.dispatched else rows_of(dy_XD)
     dweights_XK = np.zeros(weights_XK.shape)
     for pair, a_e, da_e in zip(pairs, a, da, strict=True):
         dweights_XK[tuple(pair.T)] = np.sum(a_e * da_e, axis=1)
     weighted = [a * weight for a, weight in zip(a, weights, strict=True)]
     return {"y": rounded(y_XD), "dx": rounded(combined(dx, [1] * len(dx))), "dgate": weight_gradient(kept_x, dg),
-            "dup": weight_gradient(kept_x, du), "ddown": weight_gradient(weighted, rows_of(dy_XD)),
+            "dup": weight_gradient(kept_x, du), "ddown": weight_gradient(weighted, kept_dy),
             "dweights": dweights_XK}
 
 
@@ -139,7 +140,7 @@ def dense_swiglu(x_XD, gate_DF, up_DF, down_FD, dy_XD, recipe: Recipe) -> dict:
     """{y, dx, dgate, dup, ddown}: one expert of all tokens, to which nothing is dispatched."""
     X = len(x_XD)
     found = swiglu(x_XD, gate_DF[None], up_DF[None], down_FD[None], np.zeros((X, 1), int), np.ones((X, 1)), dy_XD,
-                   replace(recipe, dispatch=None, dispatch_gradient=None))
+                   replace(recipe, dispatch=None, dispatch_gradient=None, dispatched=False))
     del found["dweights"]
     return {name: value[0] if name in ("dgate", "dup", "ddown") else value for name, value in found.items()}
 

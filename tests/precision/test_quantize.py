@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.precision.quantize import Quantized, both, quantize, weight
+from research.precision.quantize import Packing, Quantized, both, quantize, weight
 from research.precision.recipe import RECIPES, Format
 
 TILE, BLOCK, E5M6 = Format("e4m3", (1, 128)), Format("e4m3", (128, 128)), Format("e5m6", (1, 128), power_of_two=True)
@@ -196,3 +196,22 @@ class TestDelayedScaling:
         x = values(200, 144)
         for form in (TILE, BLOCK, TENSOR, MX):
             assert_same_bits(quantised(x, form, jnp.full(16, 1e6)), quantised(x, form))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form, width", [(replace(TILE, power_of_two=True), 300 + 3), (MX, 96 + 3)])
+def test_rows_that_travel_stand_for_their_quantised_values(form, width, dtype):
+    """Exactly, in 16 bits too, whatever their magnitude; and quantised again where they arrive they change no more."""
+    x_RC = values(6, 300 if form.tile[1] == 128 else 96).at[0].set(0).at[1].multiply(1e-30).at[2].multiply(1e30)
+    x_RC = x_RC.at[3].set(0).at[3, :3].set(jnp.float32([225, 1, -1])).astype(dtype)  # rounds to 224: another scale
+    packing = Packing(form, "auto")
+    sent = packing.packed(x_RC)
+    assert sent.dtype == jnp.uint8 and sent.shape == (6, width)
+    arrived = packing.unpacked(sent, x_RC)
+    assert arrived.dtype == x_RC.dtype
+    expected = quantised(x_RC, form).dequantized()
+    np.testing.assert_array_equal(arrived.astype(jnp.float32), expected)
+    np.testing.assert_array_equal(quantised(arrived, form).dequantized(), expected)
+    assert not np.any(packing.unpacked(jnp.zeros_like(sent), x_RC))  # rows that nobody sends
+    lost = packing.unpacked(packing.packed(x_RC.at[4, 5].set(jnp.nan)), x_RC)
+    assert np.any(np.isnan(lost[4])) and not np.any(np.isnan(lost[5]))

@@ -27,7 +27,8 @@ def differences(name: str) -> dict:
 
 def test_the_names_are_the_documented_ones():
     assert set(RECIPES) == {"float32", "bfloat16", "fp8_deepseek", "fp8_tensor", "fp8_delayed", "mxfp8",
-                            "fp8_blockwise_gradients", "fp8_deepseek_pow2", "fp8_unpromoted", "fp8_requantized"}
+                            "fp8_blockwise_gradients", "fp8_deepseek_pow2", "fp8_unpromoted", "fp8_dispatched",
+                            "fp8_requantized"}
     assert all(name == recipe.name for name, recipe in RECIPES.items())
 
 
@@ -39,7 +40,7 @@ def test_fp8_deepseek_is_v3():
         input_gradient=Product(TILE, BLOCK, "float32"),
         weight_gradient=Product(TILE, TILE, "float32"),
         dispatch=TILE_POW2, dispatch_gradient=TILE_POW2, attention_output=E5M6, swiglu=TILE,
-        requantize=False, high_precision=("eh_proj",))
+        dispatched=False, requantize=False, high_precision=("eh_proj",))
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
@@ -55,6 +56,7 @@ def test_the_ablations_differ_in_what_they_are_named_for():
         "weight_gradient": Product(TILE_POW2, TILE_POW2), "swiglu": TILE_POW2}
     assert differences("fp8_blockwise_gradients") == {  # Appendix B.2: of the input's gradient ("Dgrad") alone
         "input_gradient": Product(BLOCK, BLOCK), "dispatch_gradient": BLOCK}
+    assert differences("fp8_dispatched") == {"dispatched": True}
     assert differences("fp8_requantized") == {"requantize": True}
     assert differences("fp8_unpromoted") == {
         "forward": Product(TILE, BLOCK, "hopper"), "input_gradient": Product(TILE, BLOCK, "hopper"),

@@ -137,8 +137,8 @@ def test_cpps_product_is_the_definitions(implementation, rows_, inputs, outputs,
 @pytest.mark.parametrize("implementation", [NATIVE])
 def test_cpps_product_in_scan_vmap_and_many_threads(implementation):
     """All threads that call at once have the whole result: none reads what another has not finished."""
-    w = drawn(256, 256, 4, 128, 0)
-    x_NXD = np.random.default_rng(0).normal(size=(8, 9, 256)).astype(np.float32)
+    w = drawn(512, 512, 4, 128, 0)  # large enough for several threads
+    x_NXD = np.random.default_rng(0).normal(size=(4, 9, 512)).astype(np.float32)
 
     @jax.jit
     def steps(x_NXD):
@@ -155,7 +155,7 @@ def test_cpps_product_in_scan_vmap_and_many_threads(implementation):
     first = np.asarray(steps(x_NXD))
     np.testing.assert_allclose(first, expected, atol=1e-4)
     with ThreadPoolExecutor(8) as pool:
-        for y_NXD in pool.map(lambda _: np.asarray(steps(x_NXD)), range(32)):
+        for y_NXD in pool.map(lambda _: np.asarray(steps(x_NXD)), range(16)):
             np.testing.assert_array_equal(y_NXD, first)
 
 
@@ -198,7 +198,7 @@ def test_without_cpp_it_is_xlas_product_and_said_once(compiler, monkeypatch, scr
 
 COPY = """
 for last; do :; done
-case "$*" in *-dM*) echo '#define A';; *) echo >>$HOME/compiled; sleep 0.2; echo 'a library' >$last;; esac
+case "$*" in *-dM*) echo '#define A';; *) echo >>$HOME/compiled; echo 'half of' >$last; sleep 0.2; echo 'it' >>$last;; esac
 """
 
 
@@ -212,12 +212,12 @@ def test_the_library_is_made_once_by_whoever_comes_and_again_when_it_is_cut_off(
 
     with ThreadPoolExecutor(3) as pool:
         path, *others = pool.map(make, range(3))
-    assert others == [path, path] and path.read_text() == "a library\n"
+    assert others == [path, path] and path.read_text() == "half of\nit\n"
     assert list(path.parent.iterdir()) == [path]
     before = (tmp_path / "compiled").read_text()
     assert native._library() == path and (tmp_path / "compiled").read_text() == before
-    path.write_text("a libr")
-    assert native._library() == path and path.read_text() == "a library\n"
+    path.write_text("half of")
+    assert native._library() == path and path.read_text() == "half of\nit\n"
     assert (tmp_path / "compiled").read_text() == before + "\n"
     compiler(COPY.replace("define A", "define B"))  # another processor, or compiler
     assert native._library() != path

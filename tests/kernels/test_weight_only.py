@@ -14,7 +14,13 @@ from kernels import choice
 from kernels.weight_only import Narrow, dequantize, native, product, quantize, reference, rows, xla
 
 FORMATS = ((8, None), (8, 16), (4, None), (4, 16))  # bits, group
-NATIVE = pytest.param("native", marks=pytest.mark.skipif(native.refusal() is not None, reason="no C++ compiler"))
+
+
+@pytest.fixture(scope="module")
+def cpp():
+    if reason := native.refusal():
+        pytest.skip(reason)
+    return "native"
 
 
 def matrix(inputs: int, outputs: int, seed: int = 0):
@@ -90,10 +96,11 @@ def test_rows_are_outputs():
     np.testing.assert_array_equal(rows(w, at), expected.astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("implementation", ["xla", NATIVE])
+@pytest.mark.parametrize("implementation", ["xla", "cpp"])
 @pytest.mark.parametrize(("bits", "group"), ((8, None), (4, 64)))
-def test_a_loop_of_one_row_makes_no_copy_of_the_matrix(bits, group, implementation):
+def test_a_loop_of_one_row_makes_no_copy_of_the_matrix(bits, group, implementation, request):
     """The reason for XLA's formulation: it keeps no temporary of the matrix's size, within a loop or before it."""
+    implementation = request.getfixturevalue("cpp") if implementation == "cpp" else implementation
     w = jax.eval_shape(lambda: quantize(jnp.zeros((512, 512)), bits, group))
 
     def loop(x_XD, w):
@@ -116,26 +123,24 @@ def drawn(inputs: int, outputs: int, bits: int, group: int, seed: int) -> Narrow
     return Narrow(values_GFY, rng.uniform(0.1, 1, size).astype(np.float32), bits, inputs, "float32")
 
 
-@pytest.mark.parametrize("implementation", [NATIVE])
 @given(rows_=st.integers(0, 20), inputs=st.integers(1, 1200), outputs=st.integers(1, 140), bits=st.sampled_from([8, 4]),
        half=st.one_of(st.integers(1, 80), st.just(600)), seed=st.integers(0, 99))
 @example(rows_=8, inputs=1200, outputs=140, bits=8, half=600, seed=0)  # spans of inputs, and other threads
 @example(rows_=5, inputs=512, outputs=63, bits=4, half=64, seed=0)
 @example(rows_=1, inputs=1, outputs=1, bits=4, half=1, seed=0)
 @settings(max_examples=20, deadline=None)
-def test_cpps_product_is_the_definitions(implementation, rows_, inputs, outputs, bits, half, seed):
+def test_cpps_product_is_the_definitions(cpp, rows_, inputs, outputs, bits, half, seed):
     w = drawn(inputs, outputs, bits, 2 * half, seed)
     x_XD = np.random.default_rng(seed).normal(size=(rows_, inputs)).astype(np.float32)
     numbers = [w.values_GFY] if bits == 8 else [(w.values_GFY & 15) - 8, w.values_GFY >> 4]
     w_GFC = np.concatenate(numbers, axis=2) * w.scales_GF[:, :, None].astype(np.float64)
     w_DF = w_GFC.transpose(0, 2, 1).reshape(-1, outputs)[:inputs]
-    y_XF = product(x_XD, w, implementation)
+    y_XF = product(x_XD, w, cpp)
     assert y_XF.dtype == jnp.float32 and y_XF.shape == (rows_, outputs)
     assert np.all(np.abs(y_XF - x_XD @ w_DF) <= 2e-6 * (np.abs(x_XD) @ np.abs(w_DF)))
 
 
-@pytest.mark.parametrize("implementation", [NATIVE])
-def test_cpps_product_in_scan_vmap_and_many_threads(implementation):
+def test_cpps_product_in_scan_vmap_and_many_threads(cpp):
     """All threads that call at once have the whole result: none reads what another has not finished."""
     w = drawn(512, 512, 4, 128, 0)  # large enough for several threads
     x_NXD = np.random.default_rng(0).normal(size=(4, 9, 512)).astype(np.float32)
@@ -143,7 +148,7 @@ def test_cpps_product_in_scan_vmap_and_many_threads(implementation):
     @jax.jit
     def steps(x_NXD):
         def step(x_NXD, _):
-            y_NXD = jax.vmap(lambda x_XD: product(x_XD, w, implementation))(x_NXD)
+            y_NXD = jax.vmap(lambda x_XD: product(x_XD, w, cpp))(x_NXD)
             return y_NXD / jnp.max(jnp.abs(y_NXD)), None
 
         return jax.lax.scan(step, x_NXD, None, 20)[0]
@@ -198,7 +203,9 @@ def test_without_cpp_it_is_xlas_product_and_said_once(compiler, monkeypatch, scr
 
 COPY = """
 for last; do :; done
-case "$*" in *-dM*) echo '#define A';; *) echo >>$HOME/compiled; echo 'half of' >$last; sleep 0.2; echo 'it' >>$last;; esac
+case "$*" in *-dM*) echo '#define A'; exit;; esac
+echo >>$HOME/compiled
+echo 'half of' >$last; sleep 0.2; echo 'it' >>$last
 """
 
 

@@ -1,7 +1,8 @@
 // The product of reference.py as a handler of XLA's FFI. Bytes become floats in registers; rows of x share them.
 //
 // Letters as there: X rows, G groups, F outputs, C inputs of a group, Y its bytes. Written with the vectors of GCC and
-// Clang, whose width is the processor's. The four bytes of a word lie in one lane, so that x is put in that order first.
+// Clang, as wide as the processor's. Four bytes lie in one lane, a word, and shifts take them apart: converting bytes
+// would move each of them (GCC 12), so x is put in the order of the lanes instead.
 
 #include <algorithm>
 #include <atomic>
@@ -115,7 +116,8 @@ inline void group(const Operands& p, const float* x, const int8_t* values, const
       const int byte = values[o * p.Y + y];
       for (int r = 0; r < R; ++r) {
         const float* own = x + r * row + y;
-        sums[r * PIECE + o][0] += scales[o] * (FOUR ? ((byte & 15) - 8) * own[0] + (byte >> 4) * own[p.Y] : byte * own[0]);
+        const float sum = FOUR ? ((byte & 15) - 8) * own[0] + (byte >> 4) * own[p.Y] : byte * own[0];
+        sums[r * PIECE + o][0] += scales[o] * sum;
       }
     }
   }
@@ -185,8 +187,8 @@ ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x_XD, ffi::Buffer
                 Y = values_GFY.dimensions()[2];
   auto work = std::make_shared<Work>();
   work->x = in_lanes(x_XD.typed_data(), x_XD.element_count(), Y);
-  work->operands = {reinterpret_cast<float*>(work->x.data()), values_GFY.typed_data(), scales_GF.typed_data(), y_XF->typed_data(),
-                    X, G, F, x_XD.dimensions()[1] / G, Y};
+  work->operands = {reinterpret_cast<float*>(work->x.data()), values_GFY.typed_data(), scales_GF.typed_data(),
+                    y_XF->typed_data(), X, G, F, x_XD.dimensions()[1] / G, Y};
   work->pieces = (F + PIECE - 1) / PIECE;
   const int64_t others = X * G * F * Y < ALONE ? 0 : std::min(pool.num_threads(), work->pieces) - 1;
   for (int64_t i = 0; i < others; ++i) pool.Schedule([work] { work->take_part(); });

@@ -148,7 +148,7 @@ def _random(key, shape, dtype):
 
 
 def bytes_of_step(decoder: Decoder, batch: int, context: float) -> float:
-    """What a step must read: weights once, of the routed experts those that the batch chooses, and the cache.
+    """What a plain step must read: weights once, of the routed experts those that the batch chooses, and the cache.
 
     Experts: as many as are expected where each token chooses uniformly and alone, exact for one token. Of the embedding
     one row a token. context: cached tokens of a sequence.
@@ -158,7 +158,9 @@ def bytes_of_step(decoder: Decoder, batch: int, context: float) -> float:
     total = 0.0
     for path, leaf in jax.tree.leaves_with_path(decoder.weights):
         name, size = jax.tree_util.keystr(path), leaf.size * leaf.dtype.itemsize
-        if name == "['embed_tokens']":
+        if name.startswith("['mtp']"):
+            size = 0
+        elif name == "['embed_tokens']":
             size = size / leaf.shape[0] * batch
         elif leaf.ndim == 3 and "['mlp']" in name:
             size *= routed

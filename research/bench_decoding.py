@@ -1,9 +1,11 @@
-"""Speed of decoding: `python -m research.bench_decoding --part=peer|acceptance|context|gpu [--json=FILE]`.
+"""Speed of decoding: `python -m research.bench_decoding --part=peer|acceptance|drafting|context|gpu
+[--json=FILE]`.
 
 peer: greedy continuations of 64 random tokens by random weights of an experiment's shape, ours plain beside
 transformers' `generate` on the same CPU in turn; tokens/s of the whole call, prompt included, without compilation.
 acceptance: drafting on a trained workdir (--checkpoint=DIR), after the first 64 tokens of held-out documents, one
 prompt at a time; beside it teacher-forced agreement, which is no acceptance: nothing is drafted there.
+drafting: what a step with drafts costs beside a plain one, by shape, random weights: from which acceptance on it pays.
 context: one token's attention over 1k to 16k cached ones, V2-Lite's width, absorbed beside expanded; --plot=FILE.png.
 gpu: V2-Lite's shape in bfloat16: tokens/s and the share of the memory's bandwidth; elsewhere a small shape.
     Not yet run on a GPU.
@@ -22,7 +24,7 @@ from research import bench, bench_peer, command, experiment
 from research.errors import RequestError
 
 FLAGS = flags.FlagValues()
-PARTS = ("peer", "acceptance", "context", "gpu")
+PARTS = ("peer", "acceptance", "drafting", "context", "gpu")
 _PART = flags.DEFINE_enum("part", None, PARTS, "What is measured.", FLAGS)
 _JSON = flags.DEFINE_string("json", None, "Also writes the result here.", FLAGS)
 _PLOT = flags.DEFINE_string("plot", None, "context: also draws the result here, a PNG.", FLAGS)
@@ -36,7 +38,7 @@ _NEW = flags.DEFINE_integer("new_tokens", 128, "Tokens after each prompt.", 3, N
 _BATCHES = flags.DEFINE_list("batches", None, "Sequences at once (peer: 1,8; gpu: 1,32,128).", FLAGS)
 _PROMPTS = flags.DEFINE_integer("prompts", 32, "acceptance: held-out documents.", 1, None, FLAGS)
 _TEMPERATURES = flags.DEFINE_list("temperatures", ["0", "0.6"], "acceptance: of sampling.", FLAGS)
-_DRAFTS = flags.DEFINE_integer("drafts", 3, "acceptance: drafts a step, from 0 to so many.", 1, None, FLAGS)
+_DRAFTS = flags.DEFINE_integer("drafts", 3, "acceptance, drafting: drafts a step, from 0 to so many.", 1, None, FLAGS)
 _CACHED = flags.DEFINE_list("cached", ["1024", "4096", "16384"], "context: tokens in the cache.", FLAGS)
 _WORKER = flags.DEFINE_string("worker", None, "One side's process, started by the driver: its request as JSON.", FLAGS)
 
@@ -174,6 +176,9 @@ def main() -> None:
         measure = measure_acceptance, Request(
             Path(_CHECKPOINT.value).expanduser(), _PROMPTS.value, PROMPT, _NEW.value, _DRAFTS.value,
             tuple(temperatures), _ROUNDS.value)
+    elif part == "drafting":
+        from research.bench_drafting import SHAPES, measure_drafting
+        measure = measure_drafting, SHAPES, PROMPT, _NEW.value, _DRAFTS.value, _ROUNDS.value
     elif part == "context":
         cached = numbers(_CACHED, int, 1)
         from research.bench_context import measure_context

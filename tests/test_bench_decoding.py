@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from research import bench, bench_acceptance, bench_context, bench_decoding
+from research import bench, bench_acceptance, bench_context, bench_decoding, bench_drafting
 from research.data.tokenizer import Tokenizer, _bytes
 from research.decoding.generate import Decoder
 from research.training.checkpoint import Checkpoints
@@ -56,8 +56,8 @@ def workdir(tmp_path_factory):
 
 
 @pytest.mark.parametrize("arguments, answer", [
-    ([], "--part is required: one of peer, acceptance, context, gpu"),
-    (["--part=speed"], "flag --part=speed: value should be one of <peer|acceptance|context|gpu>"),
+    ([], "--part is required: one of peer, acceptance, drafting, context, gpu"),
+    (["--part=speed"], "flag --part=speed: value should be one of <peer|acceptance|drafting|context|gpu>"),
     (["--part=acceptance"], "--part=acceptance needs --checkpoint: the workdir of a trained model"),
     (["--part=acceptance", "--checkpoint={new}"], "--checkpoint='{new}' holds no checkpoints"),
     (["--part=acceptance", "--checkpoint={new}", "--temperatures=0,warm"],
@@ -130,6 +130,26 @@ def test_agreement_on_greedy_text_is_what_one_draft_a_step_would_have_been(workd
     forced = bench_acceptance.agreement(model, variables, texts, 65)
     assert forced["positions"] == sum(len(text) - 66 for text in texts)
     assert forced["share"] * forced["positions"] == pytest.approx(hits)
+
+
+def test_drafting_pays_where_its_tokens_outweigh_its_cost():
+    assert bench_drafting.pays_from(1.6, 1) == pytest.approx(0.6)
+    assert bench_drafting.pays_from(1.75, 2) == pytest.approx(0.5)  # 1 + 1/2 + 1/4
+    assert bench_drafting.pays_from(2.01, 1) is None
+    assert bench_drafting.tokens_of_step(0.5, 2) == 1.75
+
+
+def test_the_cost_of_drafts(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "result.json"
+    small = ("model.vocab_size=256", "model.num_hidden_layers=1", "model.n_routed_experts=0")
+    monkeypatch.setattr(bench_drafting, "SHAPES", {"small": ("experiments/nano.py:smoke", small)})
+    assert run("--part=drafting", "--new_tokens=4", "--drafts=1", "--rounds=1", f"--json={path}") == 0
+    plain, drafted = json.loads(path.read_text())["drafting"]["rows"]
+    assert plain["cost"] == [1] and plain["pays_from"] is None and plain["at_paper"] == 1
+    assert drafted["cost"] == [drafted["ms"][0] / plain["ms"][0]]
+    assert drafted["at_paper"] == pytest.approx(1.875 / drafted["cost"][0])
+    assert drafted["megabytes"] == plain["megabytes"] > 0
+    assert len(capsys.readouterr().out.splitlines()) == 6
 
 
 def test_both_paths_over_a_long_cache_are_the_same_attention(tmp_path):

@@ -58,14 +58,15 @@ def choose(operation: str, implementation: str, refusal: str | None) -> str:
     if implementation == "mosaic":
         raise Unavailable(operation, implementation, reason)
     if platform() == "gpu":
-        _say_once(f"{operation}: plain XLA instead of the Pallas kernel: {reason}")
+        say_once(f"{operation}: plain XLA instead of the Pallas kernel: {reason}")
     return "xla"
 
 
 _said = set()
 
 
-def _say_once(line: str) -> None:
+def say_once(line: str) -> None:
+    """A warning, but not the same one again."""
     if line not in _said:
         _said.add(line)
         logging.warning("%s", line)

@@ -1,18 +1,26 @@
 """Weight-only quantisation for decoding: matrices in 8 or 4 bits times activations in floats."""
 
-from kernels.weight_only import reference, xla
+from kernels.choice import Unavailable, say_once
+from kernels.weight_only import native, reference, xla
 from kernels.weight_only.reference import Narrow, dequantize, quantize
 
 __all__ = ["BITS", "Narrow", "dequantize", "product", "quantize", "rows"]
 BITS = {"int8": 8, "int4": 4}
+IMPLEMENTATIONS = {"native": native.product, "xla": xla.product, "reference": reference.product}
 
 
 def product(x_XD, w: Narrow, implementation: str = "auto"):
     """x_XD times the matrix (D, F), summed in float32. Returns y_XF, float32.
 
-    implementation: `auto` is `xla`, which runs anywhere and is made for CPUs; `reference` makes the matrix first.
+    implementation: `native` is C++ for CPUs; `xla` runs anywhere and is made for CPUs; `reference` makes the matrix
+    first; `auto` is `native`, or `xla` where that cannot run, which is said once. Unavailable where it was asked for.
     """
-    return (reference if implementation == "reference" else xla).product(x_XD, w)
+    reason = native.refusal() if implementation in ("auto", "native") else None
+    if reason and implementation == "native":
+        raise Unavailable("weight_only", implementation, reason)
+    if reason:
+        say_once(f"weight_only: plain XLA instead of the C++ product: {reason}")
+    return IMPLEMENTATIONS[("xla" if reason else "native") if implementation == "auto" else implementation](x_XD, w)
 
 
 def rows(w: Narrow, indices):

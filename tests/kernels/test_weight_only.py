@@ -1,15 +1,26 @@
 """Weight-only quantisation: the error of the formats, the products' equality with the definition, ragged shapes."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kernels.weight_only import dequantize, product, quantize, reference, rows, xla
+from kernels import choice
+from kernels.weight_only import Narrow, dequantize, native, product, quantize, reference, rows, xla
 
 FORMATS = ((8, None), (8, 16), (4, None), (4, 16))  # bits, group
+
+
+@pytest.fixture(scope="module")
+def cpp():
+    if reason := native.refusal():
+        pytest.skip(reason)
+    return "native"
 
 
 def matrix(inputs: int, outputs: int, seed: int = 0):
@@ -53,7 +64,7 @@ def test_product_is_the_definitions(rows_, inputs, outputs, chosen, seed):
     bits, group = chosen
     w = quantize(matrix(inputs, outputs, seed), bits, group or (inputs + inputs % 2))
     x_XD = jnp.asarray(np.random.default_rng(seed).normal(size=(rows_, inputs)), jnp.float32)
-    assert_product(x_XD, w, product(x_XD, w))
+    assert_product(x_XD, w, product(x_XD, w, "xla"))
 
 
 def assert_product(x_XD, w, y_XF):
@@ -70,7 +81,7 @@ def assert_product(x_XD, w, y_XF):
 def test_many_rows_share_blocks_whose_last_overlaps(bits):
     w = quantize(matrix(70, 11), bits, 16)
     x_XD = jnp.asarray(np.random.default_rng(2).normal(size=(xla.FEW + 1, 70)), jnp.float32)
-    y_XF = product(x_XD, w)
+    y_XF = product(x_XD, w, "xla")
     assert_product(x_XD, w, y_XF)
     assert_product(x_XD, w, product(x_XD, w, "reference"))
     x_XGC = jnp.pad(x_XD, ((0, 0), (0, 10))).reshape(-1, 5, 16)
@@ -85,13 +96,15 @@ def test_rows_are_outputs():
     np.testing.assert_array_equal(rows(w, at), expected.astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize("implementation", ["xla", "cpp"])
 @pytest.mark.parametrize(("bits", "group"), ((8, None), (4, 64)))
-def test_a_loop_of_one_row_makes_no_copy_of_the_matrix(bits, group):
-    """The reason for the formulation: XLA:CPU keeps no temporary of the matrix's size, within a loop or before it."""
+def test_a_loop_of_one_row_makes_no_copy_of_the_matrix(bits, group, implementation, request):
+    """The reason for XLA's formulation: it keeps no temporary of the matrix's size, within a loop or before it."""
+    implementation = request.getfixturevalue("cpp") if implementation == "cpp" else implementation
     w = jax.eval_shape(lambda: quantize(jnp.zeros((512, 512)), bits, group))
 
     def loop(x_XD, w):
-        return jax.lax.while_loop(lambda x_XD: x_XD[0, 0] < 1, lambda x_XD: product(x_XD, w), x_XD)
+        return jax.lax.while_loop(lambda x_XD: x_XD[0, 0] < 1, lambda x_XD: product(x_XD, w, implementation), x_XD)
 
     compiled = jax.jit(loop).lower(jax.ShapeDtypeStruct((1, 512), jnp.float32), w).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 512 * 512 // 4
@@ -100,3 +113,118 @@ def test_a_loop_of_one_row_makes_no_copy_of_the_matrix(bits, group):
 def test_refused():
     with pytest.raises(ValueError, match="group=15 must be even"):
         quantize(jnp.ones((30, 4)), 4, 15)
+
+
+def drawn(inputs: int, outputs: int, bits: int, group: int, seed: int) -> Narrow:
+    """A matrix of any bytes: no compilation."""
+    rng = np.random.default_rng(seed)
+    size = -(-inputs // group), outputs
+    values_GFY = rng.integers(-128, 128, (*size, group * bits // 8), np.int8)
+    return Narrow(values_GFY, rng.uniform(0.1, 1, size).astype(np.float32), bits, inputs, "float32")
+
+
+@given(rows_=st.integers(0, 20), inputs=st.integers(1, 1200), outputs=st.integers(1, 140), bits=st.sampled_from([8, 4]),
+       half=st.one_of(st.integers(1, 80), st.just(600)), seed=st.integers(0, 99))
+@example(rows_=8, inputs=1200, outputs=140, bits=8, half=600, seed=0)  # spans of inputs, and other threads
+@example(rows_=5, inputs=512, outputs=63, bits=4, half=64, seed=0)
+@example(rows_=1, inputs=1, outputs=1, bits=4, half=1, seed=0)
+@settings(max_examples=20, deadline=None)
+def test_cpps_product_is_the_definitions(cpp, rows_, inputs, outputs, bits, half, seed):
+    w = drawn(inputs, outputs, bits, 2 * half, seed)
+    x_XD = np.random.default_rng(seed).normal(size=(rows_, inputs)).astype(np.float32)
+    numbers = [w.values_GFY] if bits == 8 else [(w.values_GFY & 15) - 8, w.values_GFY >> 4]
+    w_GFC = np.concatenate(numbers, axis=2) * w.scales_GF[:, :, None].astype(np.float64)
+    w_DF = w_GFC.transpose(0, 2, 1).reshape(-1, outputs)[:inputs]
+    y_XF = product(x_XD, w, cpp)
+    assert y_XF.dtype == jnp.float32 and y_XF.shape == (rows_, outputs)
+    assert np.all(np.abs(y_XF - x_XD @ w_DF) <= 2e-6 * (np.abs(x_XD) @ np.abs(w_DF)))
+
+
+def test_cpps_product_in_scan_vmap_and_many_threads(cpp):
+    """All threads that call at once have the whole result: none reads what another has not finished."""
+    w = drawn(512, 512, 4, 128, 0)  # large enough for several threads
+    x_NXD = np.random.default_rng(0).normal(size=(4, 9, 512)).astype(np.float32)
+
+    @jax.jit
+    def steps(x_NXD):
+        def step(x_NXD, _):
+            y_NXD = jax.vmap(lambda x_XD: product(x_XD, w, cpp))(x_NXD)
+            return y_NXD / jnp.max(jnp.abs(y_NXD)), None
+
+        return jax.lax.scan(step, x_NXD, None, 20)[0]
+
+    expected = x_NXD
+    for _ in range(20):
+        expected = expected @ np.asarray(dequantize(w))
+        expected /= np.max(np.abs(expected))
+    first = np.asarray(steps(x_NXD))
+    np.testing.assert_allclose(first, expected, atol=1e-4)
+    with ThreadPoolExecutor(8) as pool:
+        for y_NXD in pool.map(lambda _: np.asarray(steps(x_NXD)), range(16)):
+            np.testing.assert_array_equal(y_NXD, first)
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """A home without a library, and a function that makes a shell script the only compiler there is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(choice, "_said", set())
+    (tmp_path / "bin").mkdir()
+
+    def become(script: str | None) -> None:
+        native._register.cache_clear()
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+        if script is not None:
+            path = tmp_path / "bin/c++"
+            path.write_text(f"#!/bin/sh\nPATH=/usr/bin:/bin\n{script}\n")
+            path.chmod(0o755)
+
+    yield become
+    native._register.cache_clear()
+
+
+@pytest.mark.parametrize(("script", "said"), [
+    (None, "none of c++, g++, clang++ is on PATH"),
+    ("echo 'in file native.cc:\nnative.cc:1: error: broken\n1 more' >&2; exit 1", "native.cc:1: error: broken"),
+    ("exit 3", "c++: code 3"),
+    ("for last; do :; done; [ -e $last ] || echo no library >$last", "file too short"),
+])
+def test_without_cpp_it_is_xlas_product_and_said_once(compiler, monkeypatch, script, said):
+    compiler(script)
+    lines = []
+    monkeypatch.setattr(choice.logging, "warning", lambda form, *values: lines.append(form % values))
+    w, x_XD = drawn(40, 3, 8, 40, 0), np.ones((1, 40), np.float32)
+    for _ in range(2):
+        np.testing.assert_array_equal(product(x_XD, w), product(x_XD, w, "xla"))
+    assert len(lines) == 1 and lines[0].startswith("weight_only: plain XLA instead") and said in lines[0]
+    with pytest.raises(choice.Unavailable, match="implementation='native' cannot run"):
+        product(x_XD, w, "native")
+
+
+COPY = """
+for last; do :; done
+case "$*" in *-dM*) echo '#define A'; exit;; esac
+echo >>$HOME/compiled
+echo 'half of' >$last; sleep 0.2; echo 'it' >>$last
+"""
+
+
+def test_the_library_is_made_once_by_whoever_comes_and_again_when_it_is_cut_off(compiler, tmp_path):
+    compiler(COPY)
+    together = threading.Barrier(3)
+
+    def make(_):
+        together.wait()
+        return native._library()
+
+    with ThreadPoolExecutor(3) as pool:
+        path, *others = pool.map(make, range(3))
+    assert others == [path, path] and path.read_text() == "half of\nit\n"
+    assert list(path.parent.iterdir()) == [path]
+    before = (tmp_path / "compiled").read_text()
+    assert native._library() == path and (tmp_path / "compiled").read_text() == before
+    path.write_text("half of")
+    assert native._library() == path and path.read_text() == "half of\nit\n"
+    assert (tmp_path / "compiled").read_text() == before + "\n"
+    compiler(COPY.replace("define A", "define B"))  # another processor, or compiler
+    assert native._library() != path

@@ -188,7 +188,7 @@ def load(folder: Path, recipe: str | None, cache_dtype: str | None, weights: str
         from research.decoding.generate import Decoder
         from research.interop.weights import checked_weights
     tokenizer = Tokenizer.load(folder)
-    settings, model, variables = checked_weights(folder)
+    settings, model, variables = checked_weights(folder, stored=True)
     if settings.model.vocab_size < tokenizer.vocab_size:
         raise RequestError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
                            f"{settings.model.vocab_size}")

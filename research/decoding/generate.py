@@ -81,13 +81,17 @@ class Decoder:
         weights: None, int8 or int4, see `forward.storage`. ValueError for routed experts in int8 or int4."""
         self.model = decoding_model(model, recipe)
         self.cache_dtype = cache_dtype or self.model.products.recipe.name
-        self._prepare = jax.jit(partial(prepare, model=self.model, weights=weights))
+        self._prepare = partial(prepare, model=self.model, weights=weights)
+        self._prepare_at_once = jax.jit(self._prepare)
         self._compiled = {}
         self.take(variables)
 
     def take(self, variables) -> None:
         """Goes on with other weights of the same model, as `__init__` has them; what is compiled stays."""
-        self.weights = variables if "layers" in variables else self._prepare(variables)
+        if "layers" not in variables:
+            on_device = all(isinstance(x, jax.Array) for x in jax.tree.leaves(variables))
+            variables = (self._prepare_at_once if on_device else self._prepare)(variables)
+        self.weights = variables
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, sampling: Sampling = GREEDY,
                  draft_tokens: int = 0, seed: int = 0, ends: Sequence[int] = (), steps_at_once: int = 0,

@@ -72,16 +72,18 @@ def checked_tensors(folder: Path, settings, arrays: dict[str, Array]) -> tuple[d
     return tensors, repeated
 
 
-def read_variables(folder: Path, settings) -> dict:
+def read_variables(folder: Path, settings, stored: bool = False) -> dict:
     """{`params`, `routing`} of the settings' model as float32 numpy arrays, FP8 blocks dequantised.
 
+    stored: each array in the dtype of its tensors instead, where they have one, FP8 blocks in float32.
     Strict: see `checked_tensors`; tensors with NaN or infinite values, and copies that differ from their original,
     stand in a RequestError too.
     """
     folder = Path(folder)
     arrays = arrays_of(settings)
     tensors, repeated = checked_tensors(folder, settings, arrays)
-    filled = {array.path: np.empty(array.shape, np.float32) for array in arrays.values()}
+    filled = {array.path: np.empty(array.shape, _dtype(array, tensors) if stored else np.float32)
+              for array in arrays.values()}
     infinite = []
     for array in arrays.values():
         for place in array.places:
@@ -100,6 +102,11 @@ def read_variables(folder: Path, settings) -> dict:
                  if not np.array_equal(tensors[name].read(), tensors[original].read())]
     refuse(folder, {"different from the tensor that they repeat": different})
     return {"params": {}, "routing": {}} | unflatten_dict(filled, sep="/")
+
+
+def _dtype(array: Array, tensors: dict[str, Tensor]) -> np.dtype:
+    found = {tensors[place.name].dtype for place in array.places}
+    return FLOATS.get(found.pop(), np.dtype(np.float32)) if len(found) == 1 else np.dtype(np.float32)
 
 
 def refuse(folder: Path, problems: dict[str, list[str]]) -> None:

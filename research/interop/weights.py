@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from research import config
@@ -19,30 +20,30 @@ def read_settings(folder: Path) -> config.Settings:
     return config.read(folder) if (folder / "checkpoints").is_dir() else huggingface.read_settings(folder)
 
 
-def read_weights(folder: Path) -> tuple[config.Settings, dict]:
+def read_weights(folder: Path, stored: bool = False) -> tuple[config.Settings, dict]:
     """Settings and {`params`, `routing`} of a workdir (its newest intact checkpoint) or a Hugging Face folder.
 
     In float32, whatever they are stored in: FP8 blocks are dequantised, and a recipe that quantises finds the same
-    bytes and scales again.
+    bytes and scales again. stored: other floats stay in the dtype that they are stored in.
     """
     settings = read_settings(folder)
     if not (folder / "checkpoints").is_dir():
-        return settings, read_variables(folder, settings)
+        return settings, read_variables(folder, settings, stored)
     checkpoints = Checkpoints(folder / "checkpoints", settings.checkpoint.keep_last, settings.checkpoint.keep_best)
     step = checkpoints.newest_intact()
     if step is None:
         raise RequestError(f"{folder / 'checkpoints'} holds no intact checkpoint")
-    return settings, _floats(checkpoints.restore_weights(step))
+    return settings, _floats(checkpoints.restore_weights(step), stored)
 
 
-def _floats(saved: dict) -> dict:
-    """{`params`, `routing`} in float32."""
+def _floats(saved: dict, stored: bool) -> dict:
+    """{`params`, `routing`} in float32; stored: but for FP8 blocks, as they are."""
     scales = {f"params/{path}": leaf for path, leaf in paths(saved.get("scales", {})).items()}
 
     def float32(path, leaf):
         if path in scales:
             return blocks.dequantize(np.asarray(leaf), np.asarray(scales[path]))
-        return leaf if leaf.dtype == np.float32 else np.asarray(leaf, np.float32)
+        return leaf if stored or leaf.dtype == np.float32 else np.asarray(leaf, np.float32)
 
     return map_paths(float32, {name: saved[name] for name in ("params", "routing")})
 
@@ -64,13 +65,18 @@ def variables_of(saved: dict, model, settings) -> tuple[dict, str]:
     return variables, differences(variables, shapes)
 
 
-def checked_weights(folder: Path):
-    """(settings, model, {`params`, `routing`}) of either kind of checkpoint, every array checked to be the model's."""
-    settings, saved = read_weights(folder)
+def checked_weights(folder: Path, stored: bool = False):
+    """(settings, model, {`params`, `routing`}) of either kind of checkpoint, every array checked to be the model's.
+
+    stored: see `read_weights`.
+    """
+    settings, saved = read_weights(folder, stored)
     if settings.model.vocab_size is None:
         raise RequestError(f"{folder / 'config.json'}: config.model.vocab_size=None must be a whole number")
     model = make_model(settings)
-    variables, wrong = variables_of(saved, model, settings)
+    variables = {name: saved[name] for name in ("params", "routing")}
+    floats = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), variables)
+    _, wrong = variables_of(floats, model, settings)
     if wrong:
         raise RequestError(f"{folder}: its checkpoint is not of the model in its config.json: {wrong}")
     return settings, model, variables

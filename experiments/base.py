@@ -231,6 +231,9 @@ def get_distillation_config() -> ConfigDict:
     g.top_k = 16  # tokens stored of each position; the rest counts as one class
 
     c.on_policy = p = ConfigDict()  # method="on_policy": the teacher's distributions at the student's own samples
+    # lambda of GKD (2306.13649 Algorithm 1): the chance of a batch to be the student's own; else it is of the fixed
+    # samples that method="distilled" learns from. 1: all are its own; 0: none, supervised distillation
+    p.student_data_fraction = 1.0
     p.steps = 120  # updates, with the student's own optimizer and schedule, but for
     p.learning_rate = 1e-3
     p.direction = "reverse"  # reverse: KL(student || teacher) | forward | jensen_shannon

@@ -12,8 +12,9 @@ one folder share its teacher and its samples:
 Task: two operations on digits modulo 10, written out one a line; who always says 0 is right in one of six cases. The
 teacher is a DeepSeek-V3 of 0.9M parameters, the students are Qwen2-shaped, of 0.2M; after the worked solutions these
 have the form and hardly the sums, so that a reward tells them little. 120 reinforced updates cost a student about what
-its 600 steps of fine-tuning do, rollouts included; the report has the operations of both. `problems_320` and
-`problems_1280` learn as `distilled` does from the samples of the first so many problems, in folders of their own.
+its 600 steps of fine-tuning do, rollouts included, and so do 150 on policy, which no reference reads; the report has
+the operations of all, and a teacher's beside them. `problems_320` and `problems_1280` learn as `distilled` does from
+the samples of the first so many problems, in folders of their own.
 Three seeds of all arms, judged: python -m research.tables --table=r1_distill --scale=cpu
 Claims, written before the arms were run: distilled above reinforced (R1 v1 Table 6: 72.6 and 47.0 on AIME 2024), the
 teacher above distilled (79.8 and 72.6). Without a figure of the paper: distilled above reference and above unverified,
@@ -21,7 +22,8 @@ more samples above fewer.
 Result (7de5567, seeds 0-2, mean and range of pass@1): teacher 62.5% (36.5-90.9), base 12.1 (10.7-12.9), reinforced 15.6
 (13.9-16.9), distilled 29.5 (27.5-30.9): above reinforced by 10.6 to 17.0 points, the paper's direction. reference 19.4
 (12.9-28.9), unverified 26.4 (19.6-33.5) and logits 32.4 (31.6-33.4): within noise of distilled. results/r1_distill.md.
-`on_policy`, 120 updates (9a19ec8, seed 0 alone, not in that table): 15.8% (13.6-18.2), base 12.3, teacher 33.7.
+`on_policy`, 120 updates (9a19ec8, seed 0 alone, not in that table): 15.8% (13.6-18.2), base 12.3, teacher 33.7. Its 150
+updates, and on_policy.student_data_fraction below 1: not yet run.
 Cost: 8 to 12 minutes a seed on one of two cores that did other work beside it.
 """
 
@@ -51,6 +53,7 @@ def get_config(arms: str = ""):
     c.task.update(dict(count=6000, operations=2, modulus=10))
     c.cold_start.update(dict(problems=4000, student_steps=300))
     c.reinforcement.update(dict(teacher_steps=40, student_steps=120, max_tokens=32))
+    c.on_policy.steps = 150
     c.sampling.update(dict(problems=3200, samples=2, max_tokens=32))
     c.evaluation.update(dict(samples=4, max_tokens=32, greedy=False))
     c.teacher.model.update(dict(

@@ -7,7 +7,9 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from research.errors import RequestError
@@ -48,18 +50,30 @@ class Refused(jinja2.TemplateError):
     """What a template says with `raise_exception`."""
 
 
+class _Generation(Extension):
+    """`{% generation %}...{% endgeneration %}` around what the model has said: its body, in a scope of its own, as
+    transformers renders it. Which tokens it marks for training is not told."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Scope:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+
 @functools.cache
 def _compiled(template: str) -> jinja2.Template:
     """With the names and the treatment of white space that templates are written for (those of transformers)."""
-    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     made.filters["tojson"] = _tojson
     made.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     return made.from_string(template)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, **layout) -> str:
-    """As JSON says it: Jinja's own filter also escapes what HTML reserves."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
+def _tojson(x: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None,
+            sort_keys: bool = False) -> str:
+    """As JSON says it, with the arguments of transformers: Jinja's own filter also escapes what HTML reserves."""
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> None:

@@ -51,7 +51,7 @@ class Rollouts:
                  reinforcement: Any, settings: Any, scoring: Scoring):
         """settings: of the model, see `settings_of`; reinforcement: the config's group. Raises RequestError."""
         self.tokenizer, self.checker, self.config, self.settings = tokenizer, checker, reinforcement, settings
-        self.scoring = scoring
+        self.scoring, self.template = scoring, template
         texts = {problem.digest: template.prompt(problem.question) for problem in problems}
         self.prompts = {digest: [*tokenizer.start_ids, *tokenizer.encode(text).tolist()]
                         for digest, text in texts.items()}

@@ -95,7 +95,7 @@ def check(chosen: ConfigDict) -> Settings:
     for name in POSITIVE:
         if given[name] <= 0:
             raise RequestError.field(name, given[name], "must be above 0")
-    for name in ("reinforcement.warmup_fraction", "task.test_fraction"):
+    for name in ("reinforcement.warmup_fraction", "task.test_fraction", "on_policy.student_data_fraction"):
         if not 0 <= given[name] <= 1:
             raise RequestError.field(name, given[name], "must be between 0 and 1")
     for name in ("logits.beta", "on_policy.beta"):

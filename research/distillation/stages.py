@@ -89,7 +89,8 @@ class Pipeline:
         samples, verified = self.workdir / "samples.jsonl", self.workdir / "verified.jsonl"
         student = [] if s.tuning.files else {
             "distilled": [(verified, "verify")], "unverified": [(samples, "sample")],
-            "logits": [(verified, "verify")]}.get(s.method, [])
+            "logits": [(verified, "verify")],
+            "on_policy": [(verified, "verify")] if s.on_policy.student_data_fraction < 1 else []}.get(s.method, [])
         scores = s.method in ("logits", "on_policy")  # the teacher is read, not only what it has said
         if scores and not s.sampling.checkpoint:
             student.append((self._sampled, "teacher"))
@@ -277,24 +278,28 @@ class Pipeline:
                         partial(reinforce.policy_loss, reinforcement=r))
 
     def _distil_on_policy(self, start: str) -> None:
-        """Trains the student on what it says itself, from the weights in `start`, in DIR/on_policy."""
-        s = self.settings
+        """Trains the student on what it says itself, and on fixed samples where the config wants these, from the
+        weights in `start`, in DIR/on_policy."""
+        s, make = self.settings, rollouts.Rollouts
         if self._done("on_policy", s.on_policy.steps):
             return
+        if s.on_policy.student_data_fraction < 1:
+            make = partial(on_policy.Mixture, fraction=s.on_policy.student_data_fraction, pairs=self._pairs(),
+                           rows=s.student.training.batch_size)
         with named("student"):
             settings = rollouts.settings_of(s.student, s.reinforcement, s.on_policy.steps, start,
                                             learning_rate=s.on_policy.learning_rate)
             theirs, model, variables = self._teacher_of(self._tokenizer(settings, start), settings)
             teacher = on_policy.Teacher(model, theirs, variables, s.reinforcement.minibatches)
-            drawn = self._rollouts(settings, start, teacher)
+            drawn = self._rollouts(settings, start, teacher, make)
             drawn.check(model, 0, "for the teacher, ")
             self._learn("on_policy", drawn, partial(
                 on_policy.on_policy_loss, on_policy=s.on_policy, reinforcement=s.reinforcement,
                 teacher_flops=teacher.flops_per_token))
 
-    def _rollouts(self, settings, start: str, scoring: rollouts.Scoring) -> rollouts.Rollouts:
-        return rollouts.Rollouts(self.training, self._tokenizer(settings, start), self.settings.template, self.checker,
-                                 self.settings.reinforcement, settings, scoring)
+    def _rollouts(self, settings, start: str, scoring: rollouts.Scoring, make=rollouts.Rollouts) -> rollouts.Rollouts:
+        return make(self.training, self._tokenizer(settings, start), self.settings.template, self.checker,
+                    self.settings.reinforcement, settings, scoring)
 
     def _learn(self, folder: str, drawn: rollouts.Rollouts, loss) -> None:
         loop.train(drawn.settings, self.workdir / folder, corpus=drawn, evaluate=drawn.evaluate, loss=loss)

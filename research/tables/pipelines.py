@@ -3,7 +3,8 @@
 All models of a seed stand in `runs/tables/EXPERIMENT/SIZE/SEED`, a folder of research.distill: the teacher, and a
 student of each method. An arm that is no method, such as one that learns from a part of the samples, has its student in
 `SEED-ARM`, which begins with the samples and the base of SEED. A killed pipeline goes on where it was; a finished model
-is taken as it is, unless the config has changed: then the whole seed is made again.
+is taken as it is, unless the config has changed: then the whole seed is made again, or, where only fields of a method's
+own group have changed, the student of this method.
 """
 
 import functools
@@ -58,14 +59,18 @@ def plan(study: Study, sizes: Iterable[str], seeds: Iterable[int], fields: Itera
     return sorted(runs, key=lambda run: run.arm not in NAMES)  # parts: of samples that are there
 
 
-def changed(run: Run) -> str:
-    """The first field in which the config of the run's pipeline differs; nothing where none does."""
+def changed(run: Run) -> dict[str, str]:
+    """What differs from the config of the run's pipeline, by whose it is: a method, or "" where it is everybody's."""
     path = run.workdir.parent / "config.json"
     if not path.exists():
-        return ""
+        return {}
     before = _defaults() | experiment.flatten(json.loads(path.read_bytes()))  # a field that came later: as it was
-    return next((f"config.{name} was {before[name]} and is {value}" for name, value in run.settings.fields.items()
-                 if name != "method" and before[name] != value), "")
+    found: dict[str, str] = {}
+    for name, value in run.settings.fields.items():
+        if name != "method" and before[name] != value:
+            group = name.split(".")[0]
+            found.setdefault(group if group in METHODS else "", f"config.{name} was {before[name]} and is {value}")
+    return found
 
 
 @functools.cache
@@ -76,7 +81,7 @@ def _defaults() -> dict:
 def lines_of(run: Run) -> dict | None:
     """What research.distill found of a model that is finished under this config; None for any other."""
     path = run.workdir.parent / "results.json"
-    if not path.exists() or changed(run):
+    if not path.exists() or changed(run).keys() & {"", run.workdir.name}:
         return None
     found = json.loads(path.read_bytes())["models"].get(run.workdir.name)
     return found if found and found["step"] == run.steps else None
@@ -101,9 +106,9 @@ def _train(run: Run) -> None:
     from research.distillation import stages
 
     pipeline, whole = run.workdir.parent, run.workdir.parent.with_name(str(run.seed))
-    if other := changed(run):
-        logging.info("%s: %s: made again", run, other)
-        shutil.rmtree(pipeline)
+    for whose, other in changed(run).items():
+        logging.info("%s: %s: %s made again", run, other, whose or "all")
+        _remove(pipeline, whose)
     names = distill.STAGES
     if pipeline != whole:
         names = names[names.index("verify"):]
@@ -114,6 +119,18 @@ def _train(run: Run) -> None:
         raise RunError(f"{run}: {error}") from error
     finally:
         jax.clear_caches()  # a process holds many runs, each with programs of its own
+
+
+def _remove(pipeline: Path, whose: str) -> None:
+    """All of a pipeline, or what there is of one method's student."""
+    shutil.rmtree(pipeline / whose, ignore_errors=True)
+    for path in pipeline.glob(f"evaluation/{whose}-*"):
+        path.unlink()
+    path = pipeline / "results.json"
+    if path.exists():
+        found = json.loads(path.read_bytes())
+        found["models"].pop(whose, None)
+        write_whole(path, json.dumps(found, indent=1) + "\n")
 
 
 def _begin(run: Run, whole: Path) -> None:

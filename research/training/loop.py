@@ -139,15 +139,15 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
         for step in range(first, steps + 1):
             with clock.phase("data"):
                 batch = batches.take(state)
-            size = batch["tokens_BT"].size
-            if size not in compiled:
+            size, shapes = batch["tokens_BT"].size, tuple((name, batch[name].shape) for name in sorted(batch))
+            if shapes not in compiled:
                 read_pending()
                 with clock.phase("compile"):
-                    compiled[size] = step_function.lower(state, batch).compile()
+                    compiled[shapes] = step_function.lower(state, batch).compile()
             profiler.before(step)
             dispatched = time.perf_counter()
             asked = stop.asked()  # known when the step before is, for which `read_pending` waits
-            state, metrics = compiled[size](state, batch)
+            state, metrics = compiled[shapes](state, batch)
             read_pending()
             pending = (step, metrics, size, dispatched)
             profiler.after(step, metrics, step == steps)

@@ -34,6 +34,32 @@ TEMPLATE = """{{ bos_token }}
     {{- '.' -}}
 {% endif %}"""
 
+MARKED = """{{ bos_token }}{% set mark = '#' %}
+{% for message in messages %}
+    {% if message.role == 'system' %}
+        {% continue %}
+    {% elif loop.index > 3 %}
+        {% break %}
+    {% elif message.role not in ('user', 'assistant') %}
+        {{ raise_exception('no ' + message.role) }}
+    {% endif %}
+    {% if message.role == 'assistant' %}
+        {% generation %}
+            {% set mark = loop.index ~ mark %}
+{{ mark + message.content }}
+{{ eos_token }}
+        {% endgeneration %}
+{{ mark }}
+    {% endif %}
+    {% if message.role == 'user' and not (tools or documents or custom_tools is defined or unheard_of) %}
+<|user|>{{ mark }}{{ {'<é': [1, none], 'a': tools} | tojson }}
+    {% endif %}
+{% endfor %}
+{{ {'é': 1, 'a': documents} | tojson(true, 1, (',', ' : '), true) }}{{ [1] | tojson(indent=2) }}{{ strftime_now('%Y') }}
+{% if add_generation_prompt %}
+<|answer|>{% generation %}{% endgeneration %}
+{% endif %}"""
+
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
@@ -83,6 +109,7 @@ def with_template(tokenizer, text: str | None):
     ("{{ messages[0].content.attribute.deeper }}", "chat template fails: .*no attribute"),
     ("{% if %}", "chat template fails: Expected an expression"),
     ("{{ ''.__class__.__mro__ }}", "chat template fails: access to attribute '__class__' .* is unsafe"),
+    ("{% generation %}x", "chat template fails: Unexpected end of template"),
     ("{{ 1 / 0 }}", "chat template fails: division by zero"),
     ("{{ messages.append(1) }}", "chat template fails: access to attribute 'append' .* is unsafe"),
 ])
@@ -93,10 +120,15 @@ def test_what_does_not_work_is_one_line(tokenizer, text, said):
 
 
 def test_the_tools_of_templates(tokenizer):
-    text = ("{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.content }}{% endfor %}"
-            "{{ {'a': '<é'} | tojson }}{{ {'a': 1} | tojson(indent=1) }}{{ strftime_now('%Y')[:2] }}{{ nothing }}"
-            "{% if tools is not none or documents is not none %}tools{% endif %}")
-    assert rendered(with_template(tokenizer, text), user("1") + user("2")) == '2{"a": "<é"}{\n "a": 1\n}20'
+    """Marked answers are as they would be without the mark, but what is set in one is not known after it."""
+    turns = [{"role": "system", "content": "."}, *user("1"), {"role": "assistant", "content": "yes"}, *user("2")]
+    found = rendered(with_template(tokenizer, MARKED), turns)
+    year = found[found.rindex("]") + 1:][:4]
+    assert year.isdigit() and found == (
+        '<s><|user|>#{"<é": [1, null], "a": null}\n3#yes\n</s>\n#\n'
+        '{\n "a" : null,\n "\\u00e9" : 1\n}[\n  1\n]' + year + "\n<|answer|>")
+    with pytest.raises(RequestError, match="refuses the messages: no tool"):
+        rendered(with_template(tokenizer, MARKED), [{"role": "tool", "content": ""}])
 
 
 @pytest.mark.parametrize("files, found", [

@@ -1,5 +1,7 @@
-"""A student on its own samples: its divergence from the teacher by hand, of the tokens drawn and of no others."""
+"""A student on its own samples: its divergence from the teacher by hand, of the tokens drawn and of no others; fixed
+samples in their place."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -9,7 +11,9 @@ import pytest
 
 from research.accounting import flops
 from research.distillation import on_policy, rollouts
+from research.distillation.finetune import Rows
 from research.distillation.logits import DIRECTIONS
+from research.distillation.template import TEMPLATES
 from research.errors import RequestError
 from tests import tiny
 from tests.distillation.test_reinforce import CONFIG, PROBLEMS, TOKENIZER, Scripted, drawing, state_of
@@ -114,6 +118,78 @@ def test_each_token_drawn_is_compared_after_the_tokens_before_it(looked_up, draw
     record = batches.get_state()
     with pytest.raises(RequestError, match="has learned from another teacher"):
         batches.set_state(record | {"teacher": "another"})
+
+
+PROMPTS = [TEMPLATES["plain"].prompt(problem.question) for problem in PROBLEMS]
+PAIRS = [(prompt, f"so</think>\\boxed{{{n}}}") for n, prompt in enumerate(PROMPTS) for _ in range(2)]
+ROWS = {"rows": 4, "pairs": PAIRS}
+LONG = {"data.sequence_length": 64, "training.seed": 3}
+
+
+def mixed(looked_up, monkeypatch, make, changes=LONG):
+    """(rollouts, what gives their batches) of a scripted student, with a teacher that is looked up."""
+    monkeypatch.setattr(rollouts, "initial_variables", lambda model, settings: None)
+    monkeypatch.setattr(rollouts, "Decoder", lambda *_: Scripted([("ab", True), ("", True), ("abc", False)] * 2))
+    s, _ = drawing(**changes)
+    teacher = on_policy.Teacher(None, s, {"params": looked_up[1], "routing": {}}, CONFIG.minibatches)
+    _, found = drawing(scoring=teacher, make=make, **changes)
+    return found, found.train_batches(s)
+
+
+def assert_same(one: dict, other: dict):
+    assert one.keys() == other.keys()
+    for name, array in one.items():
+        np.testing.assert_array_equal(array, other[name], err_msg=name)
+
+
+def test_without_the_students_own_batches_all_are_fine_tunings_rows(looked_up, monkeypatch):
+    """Held-out problems, by which checkpoints are ranked, are in none of them."""
+    found, batches = mixed(looked_up, monkeypatch, partial(on_policy.Mixture, fraction=0.0, **ROWS))
+    held_out = {problem.question for problem in found.held_out}
+    pairs = [pair for pair, problem in zip(PAIRS[::2], PROBLEMS, strict=True) if problem.question not in held_out]
+    assert 0 < len(pairs) < len(PROBLEMS)
+    rows = Rows([pair for pair in pairs for _ in range(2)], TOKENIZER, sequence_length=64, seed=3)
+    for step in range(1, 6):
+        batch = batches.take(state_of(-1.0))
+        wanted = rows.batch(step, 4)
+        assert_same(batch, wanted | {"teacher_BTV": looked_up[1][wanted["tokens_BT"]]})
+    assert not found.decoder.prompts
+    with pytest.raises(RequestError, match="has learned from another corpus"):
+        mixed(looked_up, monkeypatch, partial(on_policy.Mixture, fraction=0.0, rows=4, pairs=PAIRS[1:]))[1].set_state(
+            batches.get_state())
+
+
+def test_with_all_of_them_its_own_nothing_else_is_read(looked_up, monkeypatch):
+    mixture = partial(on_policy.Mixture, fraction=1.0, **ROWS)
+    ours, theirs = (mixed(looked_up, monkeypatch, make)[1] for make in (mixture, rollouts.Rollouts))
+    for _ in range(6):
+        assert_same(ours.take(state_of(-1.0)), theirs.take(state_of(-1.0)))
+
+
+def test_whose_a_batch_is_depends_on_seed_and_number_alone(looked_up, monkeypatch):
+    """And is the same for the four updates of a batch, wherever a run begins again."""
+    make = partial(on_policy.Mixture, fraction=0.5, **ROWS)
+    found, batches = mixed(looked_up, monkeypatch, make)
+    whose = [found.drawn(number) for number in range(1000)]
+    assert 450 < sum(whose) < 550 and whose[:6] != [True] * 6 and whose[:6] != [False] * 6
+    other, _ = mixed(looked_up, monkeypatch, make, LONG | {"training.seed": 4})
+    assert sum(one == two for one, two in zip(whose, map(other.drawn, range(1000)), strict=True)) < 550
+    taken = [batches.take(state_of(-1.0)) for _ in range(24)]
+    assert ["right_B" in batch for batch in taken] == [one for one in whose[:6] for _ in range(4)]
+    _, again = mixed(looked_up, monkeypatch, make)
+    again.set_state({name: value for name, value in batches.get_state().items()} | {"step": 8})
+    for batch in taken[8:]:
+        assert_same(again.take(state_of(-1.0)), batch)
+
+
+def test_of_fixed_samples_nothing_was_drawn_and_the_teacher_reads_for_one_update(looked_up, batch):
+    del batch["right_B"], batch["formed_B"]
+    student, teacher = looked_up
+    value, metrics = ours(student, batch, "forward")
+    states = batch["tokens_BT"][batch["mask_BT"]]
+    np.testing.assert_allclose(value, by_hand(student[states], teacher[states], "forward") + 0.25, rtol=1e-5)
+    assert metrics.keys() == {"loss", "divergence", "balance_loss", "teacher_flops", "loads"}
+    assert metrics["teacher_flops"] == 480
 
 
 def test_a_teacher_that_cannot_read_the_rows_is_refused(drawn):

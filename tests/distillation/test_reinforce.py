@@ -38,12 +38,12 @@ class Scripted:
         return Generation(rows, steps, [15, 9][:draft_tokens], 0.0, 1.0)
 
 
-def drawing(config=CONFIG, folder=None, scoring=None, **changes):
-    """(settings, rollouts of `PROBLEMS`); scoring: None is by rewards."""
+def drawing(config=CONFIG, folder=None, scoring=None, make=rollouts.Rollouts, **changes):
+    """(settings, rollouts of `PROBLEMS`, as `make` makes them); scoring: None is by rewards."""
     s = tiny.settings(tiny.DENSE | {"model.vocab_size": 320, "model.max_position_embeddings": 64,
                                     "data.validation_fraction": 0.1} | changes)
-    return s, rollouts.Rollouts(PROBLEMS, TOKENIZER, TEMPLATES["plain"], Checker(1.0), config, s,
-                                scoring or reinforce.Rewards(config, s, folder))
+    return s, make(PROBLEMS, TOKENIZER, TEMPLATES["plain"], Checker(1.0), config, s,
+                   scoring or reinforce.Rewards(config, s, folder))
 
 
 def state_of(mark: float) -> dict:

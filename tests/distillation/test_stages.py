@@ -36,6 +36,8 @@ TINY = {f"{name}.{field}": value for name in ("teacher", "student") for field, v
 }
 
 ON_POLICY = {"method": "on_policy", "on_policy.steps": 3, "on_policy.learning_rate": 2e-3}
+# the second update is of fixed samples, as many tokens in other rows than the 32 of 40 that are drawn
+MIXED = ON_POLICY | {"on_policy.student_data_fraction": 0.7, "student.training.batch_size": 20}
 
 
 def settings(**changes):
@@ -184,6 +186,10 @@ def test_a_stopped_reinforcement_goes_on_as_if_it_had_not_been(whole, copy, monk
     ("teacher", {"cold_start.problems": 0}, r"config\.cold_start\.problems=0 leaves the teacher nothing to start from"),
     ("student", {"method": "on_policy"}, r"--stage=student needs .*teacher, which --stage=teacher writes"),
     ("student", {"method": "on_policy", "tuning.files": "there"}, r"--stage=student needs .*teacher, which --stage=t"),
+    ("student", {"method": "on_policy", "on_policy.student_data_fraction": 0.5},
+     r"--stage=student needs .*verified.jsonl, which --stage=verify writes"),
+    ("student", {"method": "on_policy", "on_policy.student_data_fraction": 0.5, "tuning.files": "there"},
+     r"--stage=student needs .*teacher, which --stage=teacher writes"),
     ("student", {"method": "on_policy", "sampling.checkpoint": "/nowhere"},
      r"config\.sampling\.checkpoint='/nowhere' is not a directory"),
     ("sample", {"sampling.checkpoint": "/nowhere", "sampling.draft_tokens": 1},
@@ -312,9 +318,9 @@ def test_a_student_of_other_tokens_does_not_learn_on_policy(copy, corpus):
 
 @pytest.fixture(scope="module")
 def on_policy(whole, tmp_path_factory):
-    """A workdir with a student that has learned on policy."""
+    """A workdir with a student that has learned on policy, and from fixed samples in between."""
     workdir = shutil.copytree(whole[0], tmp_path_factory.mktemp("on_policy") / "run")
-    run(workdir, "student", "evaluate", **ON_POLICY)
+    run(workdir, "student", "evaluate", **MIXED)
     return workdir
 
 
@@ -322,6 +328,8 @@ def test_a_student_learns_on_policy_and_its_teachers_work_is_told(on_policy):
     lines = runs.lines(on_policy / "on_policy", "train")
     assert [line["step"] for line in lines] == [1, 2, 3] and all(line["divergence"] > 0.05 for line in lines)
     assert max(line["learning_rate"] for line in lines) == pytest.approx(2e-3)  # not the student's 5e-3
+    assert ["reward" in line for line in lines] == [True, False, True]
+    assert [line["tokens"] for line in lines] == [32 * 40, 32 * 40 + 20 * 64, 2 * 32 * 40 + 20 * 64]
     models = json.loads((on_policy / "results.json").read_text())["models"]
     assert models["on_policy"]["teacher_flops"] == pytest.approx(sum(line["teacher_flops"] for line in lines))
     assert models["on_policy"]["flops"] > 0 and models["distilled"]["teacher_flops"] == 0
@@ -329,9 +337,9 @@ def test_a_student_learns_on_policy_and_its_teachers_work_is_told(on_policy):
 
 
 def test_a_stopped_one_goes_on_as_if_it_had_not_been(on_policy, copy, monkeypatch):
-    stop_at(2, monkeypatch, copy, "student", **ON_POLICY)
-    assert len(runs.lines(copy / "on_policy")) == 2
-    run(copy, "student", **ON_POLICY)
+    stop_at(1, monkeypatch, copy, "student", **MIXED)
+    assert len(runs.lines(copy / "on_policy")) == 1
+    run(copy, "student", **MIXED)
     assert runs.lines(copy / "on_policy") == runs.lines(on_policy / "on_policy")
     assert runs.state_of(copy / "on_policy")[1] == runs.state_of(on_policy / "on_policy")[1]
 

@@ -24,7 +24,7 @@ from research.interop.exporter import export_workdir
 from research.interop.importer import import_folder
 from research.interop.scoring import logits
 from research.interop.weights import read_weights
-from tests.data.test_chat import SPECIALS, TEMPLATE
+from tests.data.test_chat import MARKED, SPECIALS, TEMPLATE
 from tests.data.test_tokenizer import foreign
 from tests.interop.test_huggingface import FOLDERS, GOLDEN
 from tests.interop.test_score import workdir
@@ -49,6 +49,7 @@ print(json.dumps({"missing": len(info["missing_keys"]), "mismatched": len(info["
 """
 TEMPLATES = {
     "by lines": TEMPLATE,
+    "with marked answers": MARKED,
     "by expressions": "{% set ns = namespace(said='') %}{%- for m in messages %}{%- if m['role'] == 'system' %}"
                       "{% set ns.said = m['content'] %}{%- endif %}{%- endfor %}{{bos_token}}{{ns.said}}"
                       "{%- for m in messages if m.role != 'system' -%} {{'<|user|>' + m.content.split('>')[-1]}}"

@@ -50,7 +50,7 @@ def pretended(monkeypatch):
 
 def test_every_method_stands_in_its_seeds_pipeline_and_every_part_in_its_own(tmp_path):
     runs = planned(tmp_path)
-    assert [run.seed for run in runs] == [0] * 7 + [1] * 7 + [0] * 2 + [1] * 2
+    assert [run.seed for run in runs] == [0] * 8 + [1] * 8 + [0] * 2 + [1] * 2
     for run in runs:
         own = run.arm not in NAMES
         assert run.workdir == tmp_path / "distill/small" / (f"{run.seed}-{run.arm}/distilled" if own else
@@ -66,10 +66,10 @@ def test_every_method_stands_in_its_seeds_pipeline_and_every_part_in_its_own(tmp
 def test_a_part_begins_with_the_base_and_the_first_samples(tmp_path, pretended):
     runs = planned(tmp_path, seeds=(0,))
     pipelines.train(runs)
-    assert [(folder, method) for folder, method, _ in pretended[:5]] == [
-        ("0", name) for name in ("distilled", "reference", "reinforced", "unverified", "logits")]
-    assert {names for _, _, names in pretended[:5]} == {("teacher", "sample", "verify", "student", "evaluate")}
-    assert pretended[5:] == [(f"0-{part}", "distilled", ("verify", "student", "evaluate"))
+    assert [(folder, method) for folder, method, _ in pretended[:6]] == [
+        ("0", name) for name in ("distilled", "reference", "reinforced", "unverified", "logits", "on_policy")]
+    assert {names for _, _, names in pretended[:6]} == {("teacher", "sample", "verify", "student", "evaluate")}
+    assert pretended[6:] == [(f"0-{part}", "distilled", ("verify", "student", "evaluate"))
                              for part in r1_distill.PARTS]
     for run in runs[-2:]:
         lines = (run.workdir.parent / "samples.jsonl").read_text().splitlines()
@@ -90,10 +90,31 @@ def test_what_is_finished_is_taken_and_what_has_changed_is_made_again(tmp_path, 
     (tmp_path / "distill/small/0/results.json").write_text('{"models": {}}')  # killed before its evaluation
     (tmp_path / "distill/small/0/mine").touch()
     pipelines.train(planned(tmp_path, seeds=(0,)))
-    assert len(pretended) == 5 and (tmp_path / "distill/small/0/mine").exists()
+    assert len(pretended) == 6 and (tmp_path / "distill/small/0/mine").exists()
     pretended.clear()
     pipelines.train(planned(tmp_path, "teacher.training.steps=9", seeds=(0,)))
-    assert len(pretended) == 7 and not (tmp_path / "distill/small/0/mine").exists()
+    assert len(pretended) == 8 and not (tmp_path / "distill/small/0/mine").exists()
+
+
+def test_what_has_changed_for_one_method_alone_leaves_the_others(tmp_path, pretended):
+    """Also where another method's student is made first, by whose config the folder is then known."""
+    pipelines.train(planned(tmp_path, seeds=(0,)))
+    place = tmp_path / "distill/small/0"
+    (place / "evaluation").mkdir()
+    old = [place / "on_policy/mine", place / "evaluation/on_policy-150.sampled.jsonl"]
+    kept = [place / "mine", place / "reinforced/mine", place / "evaluation/reinforced-120.sampled.jsonl"]
+    for path in (*old, *kept):
+        path.touch()
+    runs = planned(tmp_path, "on_policy.beta=0.25", seeds=(0,))
+    assert [run.arm for run in runs if pipelines.lines_of(run) is None] == ["on_policy"]
+    path = place / "results.json"
+    path.write_text(path.read_text().replace('"reinforced"', '"unknown"'))
+    pretended.clear()
+    pipelines.train([run for run in runs if run.arm == "reinforced"])
+    assert not any(path.exists() for path in old) and all(path.exists() for path in kept)
+    assert [run.arm for run in runs if pipelines.lines_of(run) is None] == ["on_policy"]
+    pipelines.train(runs)
+    assert [method for _, method, _ in pretended] == ["reinforced", "on_policy"]
 
 
 def test_a_student_that_is_not_at_its_last_step_is_not_finished(tmp_path, pretended):
@@ -118,7 +139,7 @@ def test_a_failed_one_is_named(tmp_path, monkeypatch):
 def test_the_table(tmp_path, pretended, capsys):
     folder, words = tmp_path / "results", [f"--config.{field}" for field in FIELDS]
     assert answer("--table=r1_distill", "--scale=cpu", f"--runs={tmp_path}", f"--folder={folder}", *words) == 0
-    assert "6 within noise, 1 not reproduced, 2 higher" in capsys.readouterr().out
+    assert "7 within noise, 1 not reproduced, 2 higher" in capsys.readouterr().out
     page = (folder / "r1_distill.md").read_text()
     assert "| small: distilled | pass@1, % | 72.6 | 40.0 (30.0 to 50.0) |" in page and "## gpu" not in page
     assert "| small: distilled less reinforced | pass@1, % | 25.6 | 0.0 | within noise |" in page

@@ -17,6 +17,7 @@ VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.
 QUANTIZATION = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK],
                 "activation_scheme": "dynamic"}  # what config.json says of it
 IGNORED = ("modules_to_not_convert",)  # a tensor's own dtype says it
+SCALE_FORMAT = {"scale_fmt": "ue8m0"}  # V3.1: every scale is a power of two; they are in float32 all the same
 
 
 def check_config(path: Path, raw: dict) -> bool:
@@ -33,6 +34,8 @@ def check_config(path: Path, raw: dict) -> bool:
             raise RequestError(f"{path}: quantization_config.{key}={given[key]!r} is not supported: it must be "
                                f"{expected!r}")
     unknown = sorted(given.keys() - QUANTIZATION.keys() - set(IGNORED))
+    if unknown == [*SCALE_FORMAT] and given[unknown[0]] in (None, SCALE_FORMAT[unknown[0]]):
+        return True
     if unknown:
         raise RequestError(f"{path}: quantization_config.{unknown[0]}={given[unknown[0]]!r} is not supported")
     return True
@@ -57,6 +60,11 @@ def quantize(x_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """E4M3 values (R, C) and float32 scales (ceil(R/128), ceil(C/128)) of a float32 matrix."""
     values_RC, scales = _compiled()(x_RC)
     return np.asarray(values_RC), np.ascontiguousarray(np.asarray(scales).T)  # kernels lay them out columns first
+
+
+def powers_of_two(scales: np.ndarray) -> bool:
+    """Whether every scale is one."""
+    return bool(np.all(np.frexp(scales)[0] == 0.5))
 
 
 def finite(values: np.ndarray) -> bool:

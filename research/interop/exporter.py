@@ -49,15 +49,18 @@ def export_workdir(source: Path, destination: Path, quantize: str | None, dtype:
     request = {"source": str(source.absolute()), "step": int(folder.name), "quantize": quantize, "dtype": dtype}
     entries = list(entries_of(arrays, dtypes, repeated))
     damaged: list[str] = []
+    powers: list[bool] = []  # of each tensor's scales, whether they are powers of two
     with built(destination, request) as written, Shards(written, lay_out(entries)) as shards:
         works = [work for path, array in arrays.items()
                  for work in _works(folder, params, array, stored[path], dtypes[path], repeated, shards, digests,
-                                    damaged)]
+                                    damaged, powers)]
         account = transfer(works, sum(work.nbytes for work in works))
         account.tensors = len(entries)
         if damaged:
             raise RequestError(f"{folder} is damaged: {', '.join(sorted(damaged))} changed after it was sealed")
         refuse(source, {"not finite (NaN or infinite values)": sorted(account.infinite)})
+        if powers and all(powers):
+            raw["quantization_config"] |= blocks.SCALE_FORMAT
         put_file(written / "config.json", (json.dumps(raw, indent=2) + "\n").encode())
         carry(source, written)
     return account
@@ -103,15 +106,19 @@ def _stored(source: Path, saved: dict, params: str, arrays: dict[str, Array]) ->
 
 
 def _works(folder: Path, params: str, array: Array, source: str, to: str, repeated: dict[str, list[str]],
-           shards: Shards, digests: dict[str, str], damaged: list[str]) -> Iterator[Work]:
+           shards: Shards, digests: dict[str, str], damaged: list[str], powers: list[bool]) -> Iterator[Work]:
     """One for each tensor where a conversion has stored the array, one for all of it where a run has."""
     state, ways = folder / "state", storage.stored(array, source)
 
     def piece(place: Place, read, read_scales) -> Piece:
         names = (place.name, *repeated.get(place.name, ()))
+
+        def write_scales(made: np.ndarray) -> int:
+            powers.append(blocks.powers_of_two(made))
+            return _write((place.name + SCALE,), iter((made,)), shards)
+
         return Piece(place.name, array.their_shape, source, to, read, read_scales,
-                     lambda rows: _write(names, rows, shards),
-                     lambda made: _write((place.name + SCALE,), iter((made,)), shards))
+                     lambda rows: _write(names, rows, shards), write_scales)
 
     def sealed_reads(tensor: Tensor):
         return storage.Sealed(tensor, digests[tensor.path.relative_to(folder).as_posix()], damaged).read

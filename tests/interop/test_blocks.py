@@ -116,7 +116,8 @@ BLOCKS = json.loads((FP8 / "config.json").read_text())["quantization_config"]
     (BLOCKS | {"fmt": "e5m2"}, "quantization_config.fmt='e5m2'"),
     (BLOCKS | {"weight_block_size": [64, 128]}, "quantization_config.weight_block_size=[64, 128]"),
     (BLOCKS | {"activation_scheme": "static"}, "quantization_config.activation_scheme='static'"),
-    (BLOCKS | {"scale_fmt": "ue8m0"}, "quantization_config.scale_fmt='ue8m0'"),
+    (BLOCKS | {"scale_fmt": "float"}, "quantization_config.scale_fmt='float'"),
+    (BLOCKS | {"scale_fmt": "ue8m0", "more": 1}, "quantization_config.more=1"),
     ({"quant_method": "fp8"}, "lacks quantization_config.fmt"),
 ])
 def test_another_quantization_is_refused(given, expected, tmp_path):

@@ -93,6 +93,22 @@ def test_golden_logits_of_a_workdir_in_fp8_notice_each_bug(made):
     assert min(error(skip)) > 1e-3 and min(error(exchange)) > 1e-3
 
 
+def test_scales_that_are_powers_of_two_are_announced_there_and_back(tmp_path, made):
+    """V3.1's `scale_fmt`; float32 scales that are not, if but one of them, have none."""
+    scales = {name: tensor.read() for name, tensor in list_tensors(FP8_FOLDER).items() if name.endswith(SCALE)}
+    raw = json.loads((FP8_FOLDER / "config.json").read_text())["quantization_config"] | {"scale_fmt": "ue8m0"}
+    source = changed(tmp_path / "source", {name: np.exp2(np.ceil(np.log2(x))) for name, x in scales.items()},
+                     {"quantization_config": raw})
+    import_folder(source, tmp_path / "ours", None, None)
+    export_workdir(tmp_path / "ours", tmp_path / "again", None, None)
+    assert stored(tmp_path / "again") == stored(source)
+    announced = json.loads((tmp_path / "again/config.json").read_text())["quantization_config"]
+    assert announced == raw
+    export_workdir(made("deepseek_v3_tiny_fp8")[0], tmp_path / "other", None, None)
+    assert "scale_fmt" not in json.loads((tmp_path / "other/config.json").read_text())["quantization_config"]
+    assert blocks.powers_of_two(np.float32([0.25, 1, 2.0**-126])) and not blocks.powers_of_two(np.float32([1, 3]))
+
+
 def test_orbax_restores_it_as_any_checkpoint(made):
     state = made("deepseek_v3_tiny_fp8")[0] / STEP / "state"
     with ocp.PyTreeCheckpointer() as plain:

@@ -1,5 +1,6 @@
 """The experts' dispatch against its definition, and the definition against a loop over tokens."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -101,12 +102,45 @@ def test_dispatch_equals_the_definition_in_value_and_gradient(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_few_tokens_equal_the_definition(name):
-    """Pair by pair, whatever their number is: ties, empty experts, one expert."""
+    """Pair by pair, whatever their number is: ties, empty experts, one expert. In C++, where there is a compiler, and
+    in XLA."""
     (x_XD, gate, up, down, weights_XK), indices_XK = inputs_of(*CASES[name])
     arguments = x_XD, gate, up, down, indices_XK, weights_XK
-    actual = jax.jit(kernels_few.experts)(*arguments)
-    assert actual.dtype == jnp.float32
-    assert_close(actual, experts(*arguments, implementation="reference"))
+    expected = experts(*arguments, implementation="reference")
+    for few_experts in (kernels_few.experts, kernels_few.in_xla):
+        actual = jax.jit(few_experts)(*arguments)
+        assert actual.dtype == jnp.float32
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("X, K, D, F", [(1, 4, 192, 96), (3, 2, 211, 117), (2, 1, 600, 300), (0, 2, 8, 4),
+                                        (1, 1, 1, 1)])
+def test_few_tokens_of_any_width(X, K, D, F):
+    """Vectors and what fills none, alone and with other threads; the same bits however many call at once, within a
+    loop, and whatever other tokens there are."""
+    rng = np.random.default_rng(0)
+    x_XD, gate, up, down, weights_XK = (rng.normal(size=size).astype(np.float32) for size in (
+        (X, D), (8, D, F), (8, D, F), (8, F, D), (X, K)))
+    indices_XK = np.asarray(at_random(X, 8, K, rng), np.int32).reshape(X, K) if X else np.zeros((0, K), np.int32)
+
+    @jax.jit
+    def thrice(*arguments):
+        return jax.lax.scan(lambda _, x: (None, kernels_few.experts(*arguments)), None, jnp.arange(3))[1]
+
+    arguments = x_XD, gate, up, down, indices_XK, weights_XK
+    hidden_XKF = [[x @ gate[e] / (1 + np.exp(-x @ gate[e])) * (x @ up[e]) for e in own]
+                  for x, own in zip(x_XD.astype(np.float64), indices_XK, strict=True)]
+    expected = [sum(weight * (a_F @ down[e]) for weight, a_F, e in zip(*of, strict=True))
+                for of in zip(weights_XK, hidden_XKF, indices_XK, strict=True)]
+    with ThreadPoolExecutor(4) as pool:
+        y_3XD, *others = pool.map(lambda _: np.asarray(thrice(*arguments)), range(8))
+    assert y_3XD.shape == (3, X, D)
+    for y in [*y_3XD, *(y for other in others for y in other)]:
+        np.testing.assert_array_equal(y, y_3XD[0])
+    if X:
+        np.testing.assert_allclose(y_3XD[0], expected, atol=3e-5 * np.abs(expected).max())
+        one = kernels_few.experts(x_XD[-1:], gate, up, down, indices_XK[-1:], weights_XK[-1:])
+        np.testing.assert_array_equal(one[0], y_3XD[0, -1])
 
 
 def test_inference_takes_pairs_one_by_one_up_to_the_number_of_experts():

@@ -1,0 +1,86 @@
+"""Operations in C++ on a CPU: the user's compiler makes each once, and XLA calls it through its FFI.
+
+A source file holds one handler, `Handler`. Its library is kept in FOLDER, under a name that holds what it depends on
+(the source, the compiler and the processor as its macros tell them, jaxlib's version) and a digest of its bytes: one
+that is cut off or altered is made again.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+
+import jax
+import jaxlib
+
+from kernels.choice import platform
+
+COMPILERS = ("c++", "g++", "clang++")
+OPTIONS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
+FOLDER = "~/.cache/parsimony/native"
+_LOCK = threading.Lock()
+
+
+def refusal(source: Path) -> str | None:
+    """Why the operation cannot run; None when it can. The first call compiles it, in seconds, or loads it."""
+    if platform() != "cpu":
+        return f"it is for CPUs, the device is a {platform()}"
+    with _LOCK:
+        return _register(source)
+
+
+def call(source: Path, result: jax.ShapeDtypeStruct, *operands):
+    """The operation, where `refusal` is None; it has no gradient."""
+    return jax.ffi.ffi_call(_target(source), result, vmap_method="sequential")(*operands)
+
+
+@functools.cache
+def _register(source: Path) -> str | None:
+    try:
+        made = ctypes.CDLL(str(library(source)))
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines() or [f"code {error.returncode}"]
+        return f"{error.cmd[0]}: {next((line for line in lines if 'error' in line), lines[-1])}"
+    except OSError as error:
+        return str(error)
+    jax.ffi.register_ffi_target(_target(source), jax.ffi.pycapsule(made.Handler), platform="cpu")
+    return None
+
+
+@functools.cache
+def _target(source: Path) -> str:
+    """The handler's name in compiled programs, which JAX may keep longer than this source."""
+    return f"parsimony_{source.parent.name}_{_digest(source.read_bytes())}"
+
+
+def library(source: Path) -> Path:
+    """The compiled library. Raises OSError, CalledProcessError."""
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise OSError(f"none of {', '.join(COMPILERS)} is on PATH")
+    macros = _run(compiler, *OPTIONS, "-x", "c++", "-dM", "-E", os.devnull)
+    name = _digest("\n".join((source.read_text(), *OPTIONS, macros, jaxlib.__version__)).encode())
+    folder = Path(FOLDER).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob(f"{name}-*.so"):
+        if path.stem == f"{name}-{_digest(path.read_bytes())}":
+            return path
+    with tempfile.TemporaryDirectory(dir=folder) as own:  # processes that compile at once do not meet
+        made = Path(own) / "made.so"
+        _run(compiler, *OPTIONS, "-isystem", jax.ffi.include_dir(), str(source), "-o", str(made))
+        path = folder / f"{name}-{_digest(made.read_bytes())}.so"
+        made.replace(path)
+    return path
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -35,8 +35,19 @@ def refusal(source: Path) -> str | None:
 
 
 def call(source: Path, result: jax.ShapeDtypeStruct, *operands):
-    """The operation, where `refusal` is None; it has no gradient."""
+    """The operation, where `refusal` is None; it has no gradient, and under `vmap` is called one by one."""
     return jax.ffi.ffi_call(_target(source), result, vmap_method="sequential")(*operands)
+
+
+def or_batched(single, batched, *operands):
+    """single(*operands); under `vmap` that of batched, of which many at once are one operation of XLA's."""
+    chosen = jax.custom_batching.custom_vmap(single)
+
+    @chosen.def_vmap
+    def _(axis_size, in_batched, *operands):
+        return jax.vmap(batched, [0 if each else None for each in in_batched], axis_size=axis_size)(*operands), True
+
+    return chosen(*operands)
 
 
 @functools.cache

@@ -17,10 +17,15 @@ def experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK):
 
     In float32 on a CPU whose compiler makes it, this is C++ (few.cc): a call, where XLA has a dozen products in turn.
     """
+    operands = x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK
     if gate_EDF.dtype == jnp.float32 and cpp.refusal(SOURCE) is None:
-        floats = (z.astype(jnp.float32) for z in (x_XD, gate_EDF, up_EDF, down_EFD, weights_XK))
-        return cpp.call(SOURCE, jax.ShapeDtypeStruct(x_XD.shape, jnp.float32), *floats, indices_XK)
-    return in_xla(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK)
+        return cpp.or_batched(_in_cpp, in_xla, *operands)
+    return in_xla(*operands)
+
+
+def _in_cpp(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK):
+    floats = (z.astype(jnp.float32) for z in (x_XD, gate_EDF, up_EDF, down_EFD, weights_XK))
+    return cpp.call(SOURCE, jax.ShapeDtypeStruct(x_XD.shape, jnp.float32), *floats, indices_XK)
 
 
 def in_xla(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK):

@@ -9,12 +9,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from kernels import weight_only
+from kernels import few_rows, weight_only
 from kernels.weight_only import Narrow
 from research.model.layers import rms_norm
 from research.model.mtp import MultiTokenModule
 from research.model.transformer import Block, Transformer
-from research.precision.matmul import matmul
 from research.precision.products import FEED_FORWARD, Products
 from research.precision.recipe import RECIPES
 from research.tree import map_paths
@@ -149,8 +148,8 @@ def head(weights, hidden_BTD):
     """Logits (B, T, V) in float32."""
     B, T, D = hidden_BTD.shape
     hidden_XD, w_DV = hidden_BTD.reshape(-1, D), weights.get("lm_head", weights["embed_tokens"])
-    logits_XV = (weight_only.product(hidden_XD, w_DV) if isinstance(w_DV, Narrow) else
-                 matmul(hidden_XD, w_DV, (hidden_BTD.dtype,) * 3))
+    product = weight_only.product if isinstance(w_DV, Narrow) else few_rows.product
+    logits_XV = product(hidden_XD, w_DV)
     return logits_XV.reshape(B, T, -1)
 
 

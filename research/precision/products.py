@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from kernels import few_rows
 from kernels.experts import experts
 from kernels.weight_only import Narrow
 from kernels.weight_only import product as narrow_product
@@ -37,7 +38,7 @@ class Products:
     recipe: Recipe
     high_precision: tuple[str, ...] = ()  # projections in the dtype of activations, beside the recipe's own
     implementation: str = "auto"  # of quantised products: see kernels/choice.py
-    experts_implementation: str = "auto"  # of float experts: see kernels/experts
+    experts_implementation: str = "auto"  # of float experts: see kernels/experts; `inference`: nothing has a gradient
     mesh: Mesh | None = None  # of the devices that share the model; None: one device
     expert_room: float | None = None  # on a device of the mesh: see `parallel.experts`
 
@@ -82,7 +83,12 @@ class Products:
 
     def _float_linear(self, x, w_DF):
         x_XD = x.reshape(-1, x.shape[-1])
-        y_XF = narrow_product(x_XD, w_DF) if isinstance(w_DF, Narrow) else matmul(x_XD, w_DF, self._floats)
+        if isinstance(w_DF, Narrow):
+            y_XF = narrow_product(x_XD, w_DF)
+        elif self.experts_implementation == "inference":
+            y_XF = few_rows.product(x_XD, w_DF)
+        else:
+            y_XF = matmul(x_XD, w_DF, self._floats)
         y_XF = y_XF.astype(self.dtype)
         return y_XF.reshape(*x.shape[:-1], w_DF.shape[1])
 

@@ -1,8 +1,8 @@
 """Operations in C++ on a CPU: the user's compiler makes each once, and XLA calls it through its FFI.
 
-A source file holds one handler, `Handler`. Its library is kept in FOLDER, under a name that holds what it depends on
-(the source, the compiler and the processor as its macros tell them, jaxlib's version) and a digest of its bytes: one
-that is cut off or altered is made again.
+A source file holds one handler, `Handler`, and includes nothing of ours. Its library is kept in FOLDER, under a name
+that holds what it depends on (the source, the compiler and the processor as its macros tell them, jaxlib's version) and
+a digest of its bytes: one that is cut off or altered is made again.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import jaxlib
 
-from kernels.choice import platform
+from kernels.choice import platform, say_once
 
 COMPILERS = ("c++", "g++", "clang++")
 OPTIONS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
@@ -32,6 +32,14 @@ def refusal(source: Path) -> str | None:
         return f"it is for CPUs, the device is a {platform()}"
     with _LOCK:
         return _register(source)
+
+
+def available(source: Path) -> bool:
+    """Whether the operation can run; where a CPU lacks it this is said once."""
+    reason = refusal(source)
+    if reason and platform() == "cpu":
+        say_once(f"{source.parent.name}: plain XLA instead of C++: {reason}")
+    return reason is None
 
 
 def call(source: Path, result: jax.ShapeDtypeStruct, *operands):
@@ -53,13 +61,13 @@ def or_batched(single, batched, *operands):
 @functools.cache
 def _register(source: Path) -> str | None:
     try:
-        made = ctypes.CDLL(str(library(source)))
+        handler = ctypes.CDLL(str(library(source))).Handler
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or [f"code {error.returncode}"]
         return f"{error.cmd[0]}: {next((line for line in lines if 'error' in line), lines[-1])}"
-    except OSError as error:
+    except (OSError, RuntimeError, AttributeError) as error:  # no home; a library of something else
         return str(error)
-    jax.ffi.register_ffi_target(_target(source), jax.ffi.pycapsule(made.Handler), platform="cpu")
+    jax.ffi.register_ffi_target(_target(source), jax.ffi.pycapsule(handler), platform="cpu")
     return None
 
 
@@ -90,7 +98,7 @@ def library(source: Path) -> Path:
 
 
 def _run(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True).stdout
 
 
 def _digest(content: bytes) -> str:

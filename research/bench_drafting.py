@@ -27,8 +27,7 @@ def tokens_of_step(acceptance: float, k: int) -> float:
 
 
 def pays_from(cost: float, k: int) -> float | None:
-    """The acceptance at which a step of k drafts, of `cost` plain steps, gives as many tokens as they; None: beyond 1.
-    """
+    """The acceptance at which a step of k drafts gives as many tokens as its `cost` in plain steps; None: beyond 1."""
     if cost > k + 1:
         return None
     low, high = 0.0, 1.0

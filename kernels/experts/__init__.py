@@ -14,7 +14,7 @@ def experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, *,
     `inference` has no gradient and takes fewer pairs than experts one by one; `reference` computes all experts for all
     tokens. pairs: where padding names no expert by the index E, about how many pairs name one, and the most that can.
     """
-    if implementation == "inference" and indices_XK.size <= gate_EDF.shape[0]:
+    if implementation == "inference" and pairs is None and indices_XK.size <= gate_EDF.shape[0]:
         return few.experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK)
     if implementation == "reference":
         return reference.experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK)

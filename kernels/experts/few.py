@@ -18,7 +18,7 @@ def experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK):
     In float32 on a CPU whose compiler makes it, this is C++ (few.cc): a call, where XLA has a dozen products in turn.
     """
     operands = x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK
-    if gate_EDF.dtype == jnp.float32 and cpp.refusal(SOURCE) is None:
+    if gate_EDF.dtype == jnp.float32 and cpp.available(SOURCE):
         return cpp.or_batched(_in_cpp, in_xla, *operands)
     return in_xla(*operands)
 

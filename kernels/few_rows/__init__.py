@@ -18,7 +18,7 @@ def product(x_XD, w_DF):
     Up to ROWS rows on a CPU whose compiler makes it this is C++ (native.cc), which reads the matrix with all of XLA's
     threads, and 16 bits as they are; XLA:CPU reads it with one, and 16 bits by way of a copy.
     """
-    if x_XD.shape[0] <= ROWS and w_DF.dtype in DTYPES and cpp.refusal(SOURCE) is None:
+    if x_XD.shape[0] <= ROWS and w_DF.dtype in DTYPES and cpp.available(SOURCE):
         return cpp.or_batched(_in_cpp, _in_xla, x_XD, w_DF)
     return _in_xla(x_XD, w_DF)
 

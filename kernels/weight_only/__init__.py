@@ -1,6 +1,7 @@
 """Weight-only quantisation for decoding: matrices in 8 or 4 bits times activations in floats."""
 
-from kernels.choice import Unavailable, say_once
+from kernels import cpp
+from kernels.choice import Unavailable
 from kernels.weight_only import native, reference, xla
 from kernels.weight_only.reference import Narrow, dequantize, quantize
 
@@ -13,14 +14,13 @@ def product(x_XD, w: Narrow, implementation: str = "auto"):
     """x_XD times the matrix (D, F), summed in float32. Returns y_XF, float32.
 
     implementation: `native` is C++ for CPUs; `xla` runs anywhere and is made for CPUs; `reference` makes the matrix
-    first; `auto` is `native`, or `xla` where that cannot run, which is said once. Unavailable where it was asked for.
+    first; `auto` is `native`, or `xla` where that cannot run (said once, on a CPU). Unavailable where it was asked for.
     """
-    reason = native.refusal() if implementation in ("auto", "native") else None
-    if reason and implementation == "native":
+    if implementation == "auto":
+        implementation = "native" if cpp.available(native.SOURCE) else "xla"
+    elif implementation == "native" and (reason := cpp.refusal(native.SOURCE)):
         raise Unavailable("weight_only", implementation, reason)
-    if reason:
-        say_once(f"weight_only: plain XLA instead of the C++ product: {reason}")
-    return IMPLEMENTATIONS[("xla" if reason else "native") if implementation == "auto" else implementation](x_XD, w)
+    return IMPLEMENTATIONS[implementation](x_XD, w)
 
 
 def rows(w: Narrow, indices):

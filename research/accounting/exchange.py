@@ -2,8 +2,8 @@
 
 A group of its gate is a node: the group's experts lie on that node's devices, and a token crosses the network once for
 each node that holds any of its experts (from there on NVLink carries it), in FP8. Its own node, which costs nothing, is
-counted; the multi-token module's layer is not. (Training here sends 16 bits, or 8 under `fp8_dispatched` with 8 for the
-scale of 128 values, once a device: parallel/experts.py.)
+counted; the multi-token module's layer is not. (Training here sends the bits of activations, or 8 under
+`fp8_dispatched` with 8 for the scale of 128 values, once a device: parallel/experts.py.)
 """
 
 import math

@@ -60,10 +60,9 @@ def prepare(variables, model, weights: str | None = None):
     `v_b_proj` (N, R, J), the two factors that are absorbed. weights: see `storage`.
     """
     params, routing = variables["params"], variables["routing"]
-    prepared = jax.jit(partial(prepare_block, model=model, weights=weights))
 
-    def block(tree, biases):
-        return jax.block_until_ready(prepared(tree, biases))  # copies of all layers would wait for their turn
+    def block(tree, biases):  # waited for: else the copies of all layers would stand in a queue
+        return jax.block_until_ready(_prepared(tree, biases, model, weights))
 
     def unstacked(name):
         stack, biases = params.get(name), routing.get(name, {})
@@ -116,6 +115,9 @@ def prepare_block(tree, biases, model, weights: str | None = None):
     kept = map_paths(partial(keep, model=model, weights=weights), tree)
     floats = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), biases)
     return {"params": kept} | ({"routing": floats} if biases else {})
+
+
+_prepared = jax.jit(prepare_block, static_argnums=(2, 3))  # traced once, whoever takes weights again
 
 
 def prepare_ends(params, model, weights: str | None = None):

@@ -73,7 +73,7 @@ class Mixture(rollouts.Rollouts):
     @property
     def description(self) -> str:
         """As Rollouts, and what else there is to learn from."""
-        return f"{super().description}, {self.fraction:.0%} of them; {self.fixed.examples:,} fixed samples"
+        return f"{super().description}, {self.fraction:g} of the batches drawn; {self.fixed.examples:,} fixed samples"
 
     def drawn(self, number: int) -> bool:
         """Whether batch `number` is the student's own, by the seed and the number alone."""

@@ -33,9 +33,8 @@ def check_config(path: Path, raw: dict) -> bool:
         if given[key] != expected or type(given[key]) is not type(expected):
             raise RequestError(f"{path}: quantization_config.{key}={given[key]!r} is not supported: it must be "
                                f"{expected!r}")
-    unknown = sorted(given.keys() - QUANTIZATION.keys() - set(IGNORED))
-    if unknown == [*SCALE_FORMAT] and given[unknown[0]] in (None, SCALE_FORMAT[unknown[0]]):
-        return True
+    known = {key for key, value in SCALE_FORMAT.items() if given.get(key) in (None, value)}
+    unknown = sorted(given.keys() - QUANTIZATION.keys() - set(IGNORED) - known)
     if unknown:
         raise RequestError(f"{path}: quantization_config.{unknown[0]}={given[unknown[0]]!r} is not supported")
     return True

@@ -123,7 +123,8 @@ def _train(run: Run) -> None:
 
 def _remove(pipeline: Path, whose: str) -> None:
     """All of a pipeline, or what there is of one method's student."""
-    shutil.rmtree(pipeline / whose, ignore_errors=True)
+    if (pipeline / whose).exists():
+        shutil.rmtree(pipeline / whose)
     for path in pipeline.glob(f"evaluation/{whose}-*"):
         path.unlink()
     path = pipeline / "results.json"

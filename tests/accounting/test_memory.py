@@ -55,11 +55,11 @@ def test_a_feed_forward_network_keeps_its_input_and_swiglus():
     assert found["bfloat16"] >= 2 * (256 + 3 * 512) * TOKENS
 
 
-@pytest.mark.parametrize("recipe", ["fp8_deepseek", "fp8_tensor", "mxfp8"])
+@pytest.mark.parametrize("recipe", ["fp8_deepseek", "fp8_dispatched", "fp8_tensor", "mxfp8"])
 def test_nothing_of_more_bits_is_kept(recipe):
     for part, leaves in parts(recipe).items():
         e5m6 = [leaf for leaf in leaves if leaf.dtype == jnp.float16]
-        assert len(e5m6) == (part == "o_proj" and recipe == "fp8_deepseek")
+        assert len(e5m6) == (part == "o_proj" and recipe in ("fp8_deepseek", "fp8_dispatched"))
         eight = [leaf for leaf in leaves if leaf.dtype == jnp.uint8]
         wide = [leaf for leaf in leaves if leaf.dtype not in (jnp.uint8, jnp.float16)]
         assert max(leaf.size for leaf in wide) <= max(leaf.size for leaf in eight) / 32, part  # scales, and indices

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kernels import few_rows
+from kernels import choice, few_rows
 
 
 def operands(rows: int, inputs: int, outputs: int, dtype: str, seed: int = 0):
@@ -60,3 +60,19 @@ def test_many_at_once_are_one_product():
     y_XF = run(x_XD.reshape(3, 2, 40), w_DF).reshape(6, 50)
     np.testing.assert_allclose(y_XF, few_rows.product(x_XD, w_DF), rtol=1e-4, atol=1e-4)
     assert "dot_general" in str(jax.make_jaxpr(run)(x_XD.reshape(3, 2, 40), w_DF))
+
+
+def test_without_a_compiler_it_is_xlas_product_and_said_once(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(choice, "_said", set())
+    monkeypatch.setattr(choice.logging, "warning", lambda form, *values: lines.append(form % values))
+    x_XD, w_DF = operands(2, 40, 50, "float32")
+    few_rows.cpp._register.cache_clear()
+    try:
+        for _ in range(2):
+            np.testing.assert_array_equal(few_rows.product(x_XD, w_DF), jnp.asarray(x_XD) @ w_DF)
+    finally:
+        few_rows.cpp._register.cache_clear()
+    assert lines == ["few_rows: plain XLA instead of C++: none of c++, g++, clang++ is on PATH"]

@@ -20,7 +20,7 @@ FORMATS = ((8, None), (8, 16), (4, None), (4, 16))  # bits, group
 @pytest.fixture(scope="module")
 def cpp():
     """The implementation in C++; where there is no compiler, what stands in for it."""
-    return "auto" if native.refusal() else "native"
+    return "auto" if libraries.refusal(native.SOURCE) else "native"
 
 
 def matrix(inputs: int, outputs: int, seed: int = 0):
@@ -188,6 +188,8 @@ def compiler(tmp_path, monkeypatch):
     ("echo 'in file native.cc:\nnative.cc:1: error: broken\n1 more' >&2; exit 1", "native.cc:1: error: broken"),
     ("exit 3", "c++: code 3"),
     ("for last; do :; done; [ -e $last ] || echo no library >$last", "file too short"),
+    ("printf 'error: \\351' >&2; exit 1", "c++: error: \ufffd"),
+    ("for last; do :; done; [ -e $last ] || /usr/bin/cc -shared -x c /dev/null -o $last", "undefined symbol: Handler"),
 ])
 def test_without_cpp_it_is_xlas_product_and_said_once(compiler, monkeypatch, script, said):
     compiler(script)
@@ -196,7 +198,7 @@ def test_without_cpp_it_is_xlas_product_and_said_once(compiler, monkeypatch, scr
     w, x_XD = drawn(40, 3, 8, 40, 0), np.ones((1, 40), np.float32)
     for _ in range(2):
         np.testing.assert_array_equal(product(x_XD, w), product(x_XD, w, "xla"))
-    assert len(lines) == 1 and lines[0].startswith("weight_only: plain XLA instead") and said in lines[0]
+    assert len(lines) == 1 and lines[0].startswith("weight_only: plain XLA instead of C++") and said in lines[0]
     with pytest.raises(choice.Unavailable, match="implementation='native' cannot run"):
         product(x_XD, w, "native")
 

@@ -88,12 +88,13 @@ def test_products_in_8_bits_are_those_of_one_device(found):
 def test_tokens_and_gradients_travel_in_8_bits(found):
     """A byte a value and one for 128 of them, there; 16 bits back (which XLA:CPU widens). No gradient knows of it: one
     device reads the same 8 bits. Of y the sum of a token's two experts is of values in 16 bits."""
-    exchange, y = (found["dispatched"].pop(name) for name in ("exchange", "y"))
+    errors = dict(found["dispatched"])
+    exchange, y = errors.pop("exchange"), errors.pop("y")
     for array in ("u8[1,8,146]", "f32[1,8,144]"):
         assert sum(arrays.count(array) for arrays in exchange) == 2 * 8
     assert sum("144" in arrays or "146" in arrays for arrays in exchange) == 4
     assert 0 < y < 4e-3
-    assert all(error < 1e-6 for error in found["dispatched"].values()), found["dispatched"]
+    assert all(error < 1e-6 for error in errors.values()), errors
 
 
 def gathers(program: str) -> list[tuple[tuple[int, ...], str]]:

@@ -46,6 +46,12 @@ class Recipe:
     requantize: bool = False  # the weight gradient reads the forward product's x, dequantised, instead of x itself
     high_precision: tuple[str, ...] = ("eh_proj",)  # projections in the dtype of activations, by name
 
+    def __post_init__(self):
+        for form in (self.dispatch, self.dispatch_gradient) if self.dispatched else ():
+            if not (form and form.power_of_two and form.kind in ("e4m3", "e5m2") and form.tile and form.tile[0] == 1):
+                raise ValueError(f"recipe {self.name}: what is dispatched must have 8 bits and tiles of one row, whose "
+                                 f"scales are powers of two, not {form}")
+
     @property
     def quantized(self) -> bool:
         return isinstance(self.forward.left, Format)

@@ -1,7 +1,7 @@
 """Recipes are data: each named one is exactly what its paper says, and the ablations differ in what they are named for.
 """
 
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,14 @@ def test_the_ablations_differ_in_what_they_are_named_for():
     assert differences("fp8_unpromoted") == {
         "forward": Product(TILE, BLOCK, "hopper"), "input_gradient": Product(TILE, BLOCK, "hopper"),
         "weight_gradient": Product(TILE, TILE, "hopper")}
+
+
+@pytest.mark.parametrize("field", ["dispatch", "dispatch_gradient"])
+@pytest.mark.parametrize("form", [None, TILE, BLOCK_POW2, E5M6, replace(TILE_POW2, tile=None)])
+def test_what_travels_has_scales_that_are_powers_of_two_and_of_one_row(field, form):
+    assert replace(RECIPES["fp8_dispatched"], **{field: MX})
+    with pytest.raises(ValueError, match="recipe fp8_dispatched: what is dispatched must have 8 bits"):
+        replace(RECIPES["fp8_dispatched"], **{field: form})
 
 
 @pytest.mark.parametrize("name, delayed", [("fp8_tensor", False), ("fp8_delayed", True)])

@@ -95,11 +95,14 @@ def in_8_bits(**sizes) -> dict:
 
 def dispatched() -> dict:
     """Of a layer of experts under `fp8_dispatched` over expert 8: {what: its error beside one device}, and what its
-    `exchange` sends."""
+    `exchange` sends, and that of its program for GPUs (`lowered`)."""
+    from unittest import mock
+
     import jax
     import jax.numpy as jnp
     import numpy as np
 
+    from research.parallel import experts as parallel
     from research.parallel.mesh import make_mesh
     from research.precision.products import Products
     from research.precision.recipe import RECIPES
@@ -123,13 +126,17 @@ def dispatched() -> dict:
             y_XD, back = jax.vjp(layer, *operands)
             return y_XD, *back(dy_XD.astype(y_XD.dtype))
 
-        compiled = jax.jit(run).lower(*operands).compile()
-        return [np.float32(z) for z in compiled(*operands)], compiled.as_text()
+        return jax.jit(run)
 
-    (one, _), (several, program) = of(None), of(mesh)
+    one, several = (of(each).lower(*operands).compile() for each in (None, mesh))
+    program = several.as_text()
+    one, several = ([np.float32(z) for z in compiled(*operands)] for compiled in (one, several))
+    with mock.patch.object(parallel, "platform", lambda: "gpu"):
+        text = of(mesh).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
     errors = [float(np.linalg.norm(b - a) / np.linalg.norm(a)) for a, b in zip(one, several, strict=True)]
     return dict(zip(("y", "x", "gate", "up", "down", "gates"), errors, strict=True)) | {
-        "exchange": re.findall(r"= ([^\n]*?) all-to-all\(", program)}
+        "exchange": re.findall(r"= ([^\n]*?) all-to-all\(", program),
+        "lowered": re.findall(r"@ragged_all_to_all[^\n]*-> tensor<(\w+)>", text)}
 
 
 def restored(folder: str) -> dict:

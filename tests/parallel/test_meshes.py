@@ -86,13 +86,15 @@ def test_products_in_8_bits_are_those_of_one_device(found):
 
 
 def test_tokens_and_gradients_travel_in_8_bits(found):
-    """A byte a value and one for 128 of them, there; 16 bits back (which XLA:CPU widens). No gradient knows of it: one
-    device reads the same 8 bits. Of y the sum of a token's two experts is of values in 16 bits."""
+    """A byte a value and one for 128 of them, there; 16 bits back (which XLA:CPU widens), and so in the program for
+    GPUs, beside choices and gate values. No gradient knows of it: one device reads the same 8 bits. Of y the sum of a
+    token's two experts is of values in 16 bits."""
     errors = dict(found["dispatched"])
-    exchange, y = errors.pop("exchange"), errors.pop("y")
+    exchange, lowered, y = (errors.pop(name) for name in ("exchange", "lowered", "y"))
     for array in ("u8[1,8,146]", "f32[1,8,144]"):
         assert sum(arrays.count(array) for arrays in exchange) == 2 * 8
     assert sum("144" in arrays or "146" in arrays for arrays in exchange) == 4
+    assert lowered == ["64x146xui8", "64x1xi32", "64x1xf32", "16x144xbf16", "64x146xui8", "16x1xf32", "16x144xbf16"]
     assert 0 < y < 4e-3
     assert all(error < 1e-6 for error in errors.values()), errors
 

@@ -2,11 +2,15 @@
 
 A group of its gate is a node: the group's experts lie on that node's devices, and a token crosses the network once for
 each node that holds any of its experts (from there on NVLink carries it), in FP8. Its own node, which costs nothing, is
-counted; the multi-token module's layer is not. (Training here sends the bits of activations, or 8 under
-`fp8_dispatched` with 8 for the scale of 128 values, once a device: parallel/experts.py.)
+counted; the multi-token module's layer is not. Training here (parallel/experts.py) sends it once for each device, in
+the bits of its recipe: `of_mesh`.
 """
 
 import math
+
+import jax
+
+from research.model.build import make_model
 
 THERE, BACK = 1 + 4 / 128, 2  # bytes of an entry: FP8 with a float32 scale for 128, and bfloat16 (V3 §3.3)
 
@@ -34,3 +38,16 @@ def account(model) -> dict:
     nodes, layers = nodes_a_token(model), model.num_hidden_layers - model.first_k_dense_replace
     return {"nodes": nodes, "bytes": layers * bytes_a_token(model, nodes["most"]), "bytes_without_limit": {
         name: layers * bytes_a_token(model, number) for name, number in nodes["without_limit"].items()}}
+
+
+def of_mesh(settings) -> dict:
+    """The same of `mesh.expert` as it trains where only the tokens themselves travel (on a GPU): to how many `devices`
+    at most, its own among them, and `bytes`, without choices and gate values and what is sent again where a layer is
+    computed again. {} without that axis."""
+    m, products = settings.model, make_model(settings).products
+    if settings.mesh.expert == 1:
+        return {}
+    row, back = jax.ShapeDtypeStruct((1, m.hidden_size), products.dtype), m.hidden_size * products.dtype.itemsize
+    there = sum(jax.eval_shape(packing.packed, row).size if packing else back for packing in products.packings)
+    devices, layers = min(settings.mesh.expert, m.num_experts_per_tok), m.num_hidden_layers - m.first_k_dense_replace
+    return {"devices": devices, "bytes": layers * devices * (there + 2 * back)}

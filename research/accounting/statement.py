@@ -41,6 +41,7 @@ def account(settings, name: str, terms: Terms) -> dict:
         "flops_per_token": per_token | {"executed": executed} | flops.inference(settings),
         "kv_bytes_per_token": cache,
         "exchange_per_token": exchange.account(settings.model),
+        "mesh_exchange_per_token": exchange.of_mesh(settings),
         "memory_per_device": held,
         "device": terms.gpu or "this machine's",
         "device_memory": gpu and gpu.memory,
@@ -99,6 +100,8 @@ def text(found: dict) -> str:
         nodes, free = sent["nodes"], sent["bytes_without_limit"]["mean"]
         row("V3's exchange in training", f"{sent['bytes'] / 1e6:,.3f}", "MB", f"to {nodes['most']} nodes at most")
         row("  without that limit", f"{free / 1e6:,.3f}", "MB", f"to {nodes['without_limit']['mean']:.2f} on average")
+    if sent := found["mesh_exchange_per_token"]:
+        row("this mesh's exchange", f"{sent['bytes'] / 1e6:,.3f}", "MB", f"to {sent['devices']} devices at most")
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1) or "no mesh"
     group(f"memory of a device: {found['device']}, {mesh}, {found['recipe']}")
     most, (size, unit) = found["device_memory"], (1e9, "GB") if m["total"] >= 1e9 else (1e6, "MB")

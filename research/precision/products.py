@@ -58,6 +58,14 @@ class Products:
         r = self.recipe
         return 3 * (r.activations,) if r.quantized else (r.forward.left, r.input_gradient.left, r.weight_gradient.left)
 
+    @property
+    def packings(self) -> tuple[Packing | None, Packing | None]:
+        """How tokens, and gradients, travel to experts on other devices; None: in the dtype of activations."""
+        if not (self.recipe.dispatched and self.quantizes(*FEED_FORWARD)):
+            return None, None
+        return (Packing(self.recipe.dispatch, self.implementation),
+                Packing(self.recipe.dispatch_gradient, self.implementation))
+
     def quantizes(self, *names: str) -> bool:
         """Whether the recipe quantises the projections of these names; a feed-forward network's three go together."""
         return self.recipe.quantized and not set(names) & {*self.recipe.high_precision, *self.high_precision}
@@ -116,8 +124,4 @@ class Products:
         operands = x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK
         if self.mesh is None:
             return compute(*operands)
-        packings = None, None
-        if self.recipe.dispatched and self.quantizes(*FEED_FORWARD):
-            packings = (Packing(self.recipe.dispatch, self.implementation),
-                        Packing(self.recipe.dispatch_gradient, self.implementation))
-        return over_mesh(compute, self.mesh, self.expert_room, packings, *operands)
+        return over_mesh(compute, self.mesh, self.expert_room, self.packings, *operands)

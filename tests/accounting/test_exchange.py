@@ -39,3 +39,15 @@ def test_v3_sends_a_token_to_four_nodes_where_it_could_be_eight():
     assert found["nodes"]["most"] == 4 and found["nodes"]["without_limit"]["most"] == 8
     assert found["bytes"] == 58 * 4 * 2 * 7168 * 3.03125 == found["bytes_without_limit"]["most"] / 2
     assert found["nodes"]["without_limit"]["mean"] == pytest.approx(5.294, abs=1e-3)
+
+
+@pytest.mark.parametrize("fields, there", [
+    ([], 2 * 7168), (["precision.recipe=fp8_dispatched"], 7168 + 56),  # a byte for the scale of 128
+    (["precision.recipe=float32"], 4 * 7168),
+    (["precision.recipe=fp8_dispatched", "precision.high_precision=gate_proj,up_proj,down_proj"], 2 * 7168)])
+def test_a_mesh_sends_what_its_recipe_has(fields, there):
+    """There, and back as activations are; as much for the gradients; 58 layers."""
+    back = 4 * 7168 if "precision.recipe=float32" in fields else 2 * 7168
+    found = [exchange.of_mesh(settings_of("experiments/deepseek_v3.py", [*fields, f"mesh.expert={n}"]))
+             for n in (1, 4, 64)]
+    assert found == [{}] + [{"devices": n, "bytes": 58 * n * 2 * (there + back)} for n in (4, 8)]

@@ -1,8 +1,8 @@
 """Operations in C++ on a CPU: the user's compiler makes each once, and XLA calls it through its FFI.
 
-A source file holds one handler, `Handler`, and includes nothing of ours. Its library is kept in FOLDER, under a name
-that holds what it depends on (the source, the compiler and the processor as its macros tell them, jaxlib's version) and
-a digest of its bytes: one that is cut off or altered is made again.
+A source file holds one handler, `Handler`, and includes cpp.h, of ours nothing else. Its library is kept in FOLDER,
+under a name that holds what it depends on (both texts, the compiler and the processor as its macros tell them, jaxlib's
+version) and a digest of its bytes: one that is cut off or altered is made again.
 """
 
 import ctypes
@@ -22,6 +22,7 @@ from kernels.choice import platform, say_once
 
 COMPILERS = ("c++", "g++", "clang++")
 OPTIONS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
+HEADER = Path(__file__).with_name("cpp.h")
 FOLDER = "~/.cache/parsimony/native"
 _LOCK = threading.Lock()
 
@@ -61,7 +62,7 @@ def or_batched(single, batched, *operands):
 @functools.cache
 def _register(source: Path) -> str | None:
     try:
-        handler = ctypes.CDLL(str(library(source))).Handler
+        handler = ctypes.CDLL(str(compiled(source))).Handler
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or [f"code {error.returncode}"]
         return f"{error.cmd[0]}: {next((line for line in lines if 'error' in line), lines[-1])}"
@@ -74,16 +75,20 @@ def _register(source: Path) -> str | None:
 @functools.cache
 def _target(source: Path) -> str:
     """The handler's name in compiled programs, which JAX may keep longer than this source."""
-    return f"parsimony_{source.parent.name}_{_digest(source.read_bytes())}"
+    return f"parsimony_{source.parent.name}_{_digest(_text(source).encode())}"
 
 
-def library(source: Path) -> Path:
+def _text(source: Path) -> str:
+    return HEADER.read_text() + source.read_text()
+
+
+def compiled(source: Path) -> Path:
     """The compiled library. Raises OSError, CalledProcessError."""
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise OSError(f"none of {', '.join(COMPILERS)} is on PATH")
     macros = _run(compiler, *OPTIONS, "-x", "c++", "-dM", "-E", os.devnull)
-    name = _digest("\n".join((source.read_text(), *OPTIONS, macros, jaxlib.__version__)).encode())
+    name = _digest("\n".join((_text(source), *OPTIONS, macros, jaxlib.__version__)).encode())
     folder = Path(FOLDER).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(f"{name}-*.so"):
@@ -91,7 +96,7 @@ def library(source: Path) -> Path:
             return path
     with tempfile.TemporaryDirectory(dir=folder) as own:  # processes that compile at once do not meet
         made = Path(own) / "made.so"
-        _run(compiler, *OPTIONS, "-isystem", jax.ffi.include_dir(), str(source), "-o", str(made))
+        _run(compiler, *OPTIONS, "-isystem", jax.ffi.include_dir(), f"-I{HEADER.parent}", str(source), "-o", str(made))
         path = folder / f"{name}-{_digest(made.read_bytes())}.so"
         made.replace(path)
     return path

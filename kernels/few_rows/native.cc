@@ -2,27 +2,10 @@
 //
 // Letters: X rows, D inputs, F outputs; the matrix is (D, F), in float32 or, read as they are, bfloat16.
 
-#include <algorithm>
-#include <atomic>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <thread>
-
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "cpp.h"
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16, SUMS = 16;
-#elif defined(__AVX__)
-constexpr int LANES = 8, SUMS = 8;
-#else
-constexpr int LANES = 4, SUMS = 8;
-#endif
-typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
@@ -31,17 +14,10 @@ constexpr int64_t PIECE = 8 * LANES;  // outputs that a thread takes at a time
 constexpr int64_t AHEAD = 8;          // inputs whose weights are asked for before their turn: they are far apart
 constexpr int64_t ALONE = 1 << 17;    // bytes of the matrix that are read before another thread is awake
 
-inline Floats load(const float* from) {
-  Floats values;
-  std::memcpy(&values, from, sizeof(values));
-  return values;
-}
+inline Floats floats(const float* from) { return load<Floats>(from); }
 
-inline Floats load(const uint16_t* from) {
-  Halves halves;
-  std::memcpy(&halves, from, sizeof(halves));
-  const Words words = __builtin_convertvector(halves, Words) << 16;
-  return (Floats)words;
+inline Floats floats(const uint16_t* from) {
+  return (Floats)(__builtin_convertvector(load<Halves>(from), Words) << 16);
 }
 
 inline float number(float value) { return value; }
@@ -70,7 +46,7 @@ inline void vectors(const Operands<Weight>& p, int64_t first) {
     for (int i = 0; i < SIZE; ++i) __builtin_prefetch(w_F + AHEAD * p.F + i * LANES);
     Floats w[SIZE];
 #pragma GCC unroll 8
-    for (int i = 0; i < SIZE; ++i) w[i] = load(w_F + i * LANES);
+    for (int i = 0; i < SIZE; ++i) w[i] = floats(w_F + i * LANES);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const float own = p.x_XD[r * p.D + d];
@@ -96,33 +72,16 @@ void columns(const Operands<Weight>& p, int64_t first, int64_t last) {
   }
 }
 
-// Pieces are taken one by one, by whoever is free. The caller takes part, and then waits for those alone that another
-// thread has begun: where all threads of the pool are callers, none waits for ever.
-template <typename Weight>
-struct Work {
-  Operands<Weight> operands;
-  int64_t pieces;
-  std::atomic<int64_t> taken{0}, done{0};
-
-  void take_part() {
-    using Columns = void (*)(const Operands<Weight>&, int64_t, int64_t);
-    constexpr Columns of_rows[ROWS] = {columns<1, Weight>, columns<2, Weight>, columns<3, Weight>, columns<4, Weight>,
-                                       columns<5, Weight>, columns<6, Weight>, columns<7, Weight>, columns<8, Weight>};
-    for (int64_t i; (i = taken.fetch_add(1)) < pieces; done.fetch_add(1, std::memory_order_release))
-      of_rows[operands.X - 1](operands, i * PIECE, std::min(operands.F, (i + 1) * PIECE));
-  }
-};
-
 template <typename Weight>
 void run(ffi::ThreadPool& pool, const Operands<Weight>& operands) {
-  auto work = std::make_shared<Work<Weight>>();
-  work->operands = operands;
-  work->pieces = (operands.F + PIECE - 1) / PIECE;
+  using Columns = void (*)(const Operands<Weight>&, int64_t, int64_t);
+  constexpr Columns of_rows[ROWS] = {columns<1, Weight>, columns<2, Weight>, columns<3, Weight>, columns<4, Weight>,
+                                     columns<5, Weight>, columns<6, Weight>, columns<7, Weight>, columns<8, Weight>};
+  const Columns of_X = of_rows[operands.X - 1];
   const int64_t bytes = operands.D * operands.F * sizeof(Weight);
-  const int64_t others = bytes < ALONE ? 0 : std::min(pool.num_threads(), work->pieces) - 1;
-  for (int64_t i = 0; i < others; ++i) pool.Schedule([work] { work->take_part(); });
-  work->take_part();
-  while (work->done.load(std::memory_order_acquire) < work->pieces) std::this_thread::yield();
+  in_pieces(pool, (operands.F + PIECE - 1) / PIECE, bytes < ALONE, [&operands, of_X](int64_t i) {
+    of_X(operands, i * PIECE, std::min(operands.F, (i + 1) * PIECE));
+  });
 }
 
 ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x_XD, ffi::AnyBuffer w_DF,

@@ -4,31 +4,15 @@
 // Clang, as wide as the processor's. Four bytes lie in one lane, a word, and shifts take them apart: converting bytes
 // would move each of them (GCC 12), so x is put in the order of the lanes instead.
 
-#include <algorithm>
-#include <atomic>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <thread>
 #include <vector>
 
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "cpp.h"
 
 namespace {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "a word's first byte must be its lowest");
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16, SUMS = 16;
-#elif defined(__AVX__)
-constexpr int LANES = 8, SUMS = 8;
-#else
-constexpr int LANES = 4, SUMS = 8;
-#endif
 constexpr int CHUNK = 4 * LANES;  // bytes of a vector, and inputs that change places with each other
-typedef float Floats __attribute__((vector_size(CHUNK)));
 typedef int32_t Words __attribute__((vector_size(CHUNK)));
 typedef uint32_t Bits __attribute__((vector_size(CHUNK)));
 
@@ -45,13 +29,6 @@ struct Operands {
   float* y_XF;
   int64_t X, G, F, C, Y;
 };
-
-template <typename Vector>
-inline Vector load(const void* from) {
-  Vector vector;
-  std::memcpy(&vector, from, sizeof(Vector));
-  return vector;
-}
 
 // The signed number that lies in `width` bits of each word, from bit `first` on.
 template <int first, int width>
@@ -165,35 +142,16 @@ std::vector<Floats> in_lanes(const float* x, int64_t size, int64_t Y) {
   return whole;
 }
 
-// Pieces are taken one by one, by whoever is free. The caller takes part, and then waits for those alone that another
-// thread has begun: where all threads of the pool are callers, none waits for ever.
-struct Work {
-  std::vector<Floats> x;
-  Operands operands;
-  int64_t pieces;
-  std::atomic<int64_t> taken{0}, done{0};
-
-  void take_part() {
-    for (int64_t i; (i = taken.fetch_add(1)) < pieces; done.fetch_add(1, std::memory_order_release)) {
-      const int64_t first = i * PIECE, last = std::min(operands.F, first + PIECE);
-      (operands.C == operands.Y ? piece<false> : piece<true>)(operands, first, last);
-    }
-  }
-};
-
 ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x_XD, ffi::Buffer<ffi::S8> values_GFY,
                    ffi::Buffer<ffi::F32> scales_GF, ffi::ResultBuffer<ffi::F32> y_XF) {
   const int64_t X = x_XD.dimensions()[0], G = values_GFY.dimensions()[0], F = values_GFY.dimensions()[1],
                 Y = values_GFY.dimensions()[2];
-  auto work = std::make_shared<Work>();
-  work->x = in_lanes(x_XD.typed_data(), x_XD.element_count(), Y);
-  work->operands = {reinterpret_cast<float*>(work->x.data()), values_GFY.typed_data(), scales_GF.typed_data(),
-                    y_XF->typed_data(), X, G, F, x_XD.dimensions()[1] / G, Y};
-  work->pieces = (F + PIECE - 1) / PIECE;
-  const int64_t others = X * G * F * Y < ALONE ? 0 : std::min(pool.num_threads(), work->pieces) - 1;
-  for (int64_t i = 0; i < others; ++i) pool.Schedule([work] { work->take_part(); });
-  work->take_part();
-  while (work->done.load(std::memory_order_acquire) < work->pieces) std::this_thread::yield();
+  const std::vector<Floats> x = in_lanes(x_XD.typed_data(), x_XD.element_count(), Y);
+  const Operands operands = {reinterpret_cast<const float*>(x.data()), values_GFY.typed_data(), scales_GF.typed_data(),
+                             y_XF->typed_data(), X, G, F, x_XD.dimensions()[1] / G, Y};
+  in_pieces(pool, (F + PIECE - 1) / PIECE, X * G * F * Y < ALONE, [&](int64_t i) {
+    (operands.C == Y ? piece<false> : piece<true>)(operands, i * PIECE, std::min(F, (i + 1) * PIECE));
+  });
   return ffi::Error::Success();
 }
 

@@ -44,9 +44,9 @@ def of_mesh(settings) -> dict:
     """The same of `mesh.expert` as it trains where only the tokens themselves travel (on a GPU): to how many `devices`
     at most, its own among them, and `bytes`, without choices and gate values and what is sent again where a layer is
     computed again. {} without that axis."""
-    m, products = settings.model, make_model(settings).products
     if settings.mesh.expert == 1:
         return {}
+    m, products = settings.model, make_model(settings).products
     row, back = jax.ShapeDtypeStruct((1, m.hidden_size), products.dtype), m.hidden_size * products.dtype.itemsize
     there = sum(jax.eval_shape(packing.packed, row).size if packing else back for packing in products.packings)
     devices, layers = min(settings.mesh.expert, m.num_experts_per_tok), m.num_hidden_layers - m.first_k_dense_replace

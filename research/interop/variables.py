@@ -105,8 +105,8 @@ def read_variables(folder: Path, settings, stored: bool = False) -> dict:
 
 
 def _dtype(array: Array, tensors: dict[str, Tensor]) -> np.dtype:
-    found = {tensors[place.name].dtype for place in array.places}
-    return FLOATS.get(found.pop(), np.dtype(np.float32)) if len(found) == 1 else np.dtype(np.float32)
+    first, *others = {tensors[place.name].dtype for place in array.places}
+    return np.dtype(np.float32) if others else FLOATS.get(first, np.dtype(np.float32))
 
 
 def refuse(folder: Path, problems: dict[str, list[str]]) -> None:

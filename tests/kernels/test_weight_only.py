@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kernels import choice
-from kernels import cpp as libraries
+from kernels import cpp as made
 from kernels.weight_only import Narrow, dequantize, native, product, quantize, reference, rows, xla
 
 FORMATS = ((8, None), (8, 16), (4, None), (4, 16))  # bits, group
@@ -20,7 +20,7 @@ FORMATS = ((8, None), (8, 16), (4, None), (4, 16))  # bits, group
 @pytest.fixture(scope="module")
 def cpp():
     """The implementation in C++; where there is no compiler, what stands in for it."""
-    return "auto" if libraries.refusal(native.SOURCE) else "native"
+    return "auto" if made.refusal(native.SOURCE) else "native"
 
 
 def matrix(inputs: int, outputs: int, seed: int = 0):
@@ -172,7 +172,7 @@ def compiler(tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
 
     def become(script: str | None) -> None:
-        libraries._register.cache_clear()
+        made._register.cache_clear()
         monkeypatch.setenv("PATH", str(tmp_path / "bin"))
         if script is not None:
             path = tmp_path / "bin/c++"
@@ -180,7 +180,7 @@ def compiler(tmp_path, monkeypatch):
             path.chmod(0o755)
 
     yield become
-    libraries._register.cache_clear()
+    made._register.cache_clear()
 
 
 @pytest.mark.parametrize(("script", "said"), [
@@ -211,22 +211,27 @@ echo 'half of' >$last; sleep 0.2; echo 'it' >>$last
 """
 
 
-def test_the_library_is_made_once_by_whoever_comes_and_again_when_it_is_cut_off(compiler, tmp_path):
+def test_the_library_is_made_once_by_whoever_comes_and_again_when_it_is_cut_off(compiler, tmp_path, monkeypatch):
     compiler(COPY)
     together = threading.Barrier(3)
 
     def make(_):
         together.wait()
-        return libraries.library(native.SOURCE)
+        return made.compiled(native.SOURCE)
 
     with ThreadPoolExecutor(3) as pool:
         path, *others = pool.map(make, range(3))
     assert others == [path, path] and path.read_text() == "half of\nit\n"
     assert list(path.parent.iterdir()) == [path]
     before = (tmp_path / "compiled").read_text()
-    assert libraries.library(native.SOURCE) == path and (tmp_path / "compiled").read_text() == before
+    assert made.compiled(native.SOURCE) == path and (tmp_path / "compiled").read_text() == before
     path.write_text("half of")
-    assert libraries.library(native.SOURCE) == path and path.read_text() == "half of\nit\n"
+    assert made.compiled(native.SOURCE) == path and path.read_text() == "half of\nit\n"
     assert (tmp_path / "compiled").read_text() == before + "\n"
     compiler(COPY.replace("define A", "define B"))  # another processor, or compiler
-    assert libraries.library(native.SOURCE) != path
+    assert made.compiled(native.SOURCE) != path
+    changed = tmp_path / "cpp.h"
+    changed.write_text(made.HEADER.read_text() + "\n")
+    other = made.compiled(native.SOURCE)
+    monkeypatch.setattr(made, "HEADER", changed)
+    assert made.compiled(native.SOURCE) != other

@@ -130,6 +130,9 @@ def get_config() -> ConfigDict:
     e.sample_temperature = 0.8
     e.decode_prompts = 0  # held-out starts decoded greedily at the end, plain and drafted, for the summary
     e.decode_tokens = 128  # of each
+    # --mode=eval with mesh.expert: copies of the experts that evaluation.batches batches load most, as V3 §3.4.1
+    e.redundant_experts = 0  # slots beside one for each expert, as many on each device
+    e.expert_nodes = 1  # whose devices mesh.expert spans; the gate's groups stay whole, as many on each
 
     c.mesh = h = ConfigDict()  # devices = the product; the batch is split over data x fsdp x expert
     h.data = 1  # a copy of the weights each

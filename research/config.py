@@ -36,15 +36,16 @@ AT_LEAST = {  # numbers with a lower bound
         "model.n_group", "model.topk_group", "model.max_position_embeddings",
         "model.rope_scaling.factor", "model.rope_scaling.original_max_position_embeddings", "training.steps",
         "training.batch_size", "training.accumulation_steps", "evaluation.batches", "evaluation.batch_size",
-        "evaluation.sample_tokens", "evaluation.decode_tokens", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor",
-        "mesh.pipeline", "checkpoint.keep_last", "training.expert_room"),
+        "evaluation.sample_tokens", "evaluation.decode_tokens", "evaluation.expert_nodes", "mesh.data", "mesh.fsdp",
+        "mesh.expert", "mesh.tensor", "mesh.pipeline", "checkpoint.keep_last", "training.expert_room"),
     2: ("data.sequence_length",),
     0: ("model.scan_unroll", "model.first_k_dense_replace", "model.n_routed_experts", "model.n_shared_experts",
         "model.bias_update_speed", "model.aux_loss_alpha", "mtp.num_nextn_predict_layers", "mtp.loss_weight",
         "mtp.loss_weight_final", "data.max_documents", "data.prefetch", "training.batch_ramp_start", "training.seed",
         "optimizer.weight_decay", "optimizer.clip_norm", "evaluation.every_steps", "evaluation.samples",
-        "evaluation.decode_prompts", "checkpoint.every_steps", "checkpoint.keep_best", "evaluation.sample_temperature",
-        "model.rope_scaling.mscale", "model.rope_scaling.mscale_all_dim"),
+        "evaluation.decode_prompts", "evaluation.redundant_experts", "evaluation.sample_temperature",
+        "checkpoint.every_steps", "checkpoint.keep_best", "model.rope_scaling.mscale",
+        "model.rope_scaling.mscale_all_dim"),
 }
 POSITIVE = ("model.rms_norm_eps", "model.initializer_range", "model.routed_scaling_factor", "model.rope_theta",
             "model.rope_scaling.beta_fast", "model.rope_scaling.beta_slow", "model.rope_scaling.low_freq_factor",
@@ -57,7 +58,8 @@ PROJECTIONS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_pro
                "gate_proj", "up_proj", "down_proj", "eh_proj")
 LARGEST = 2**31 - 1  # of any whole number
 BELOW_ONE = ("optimizer.beta1", "optimizer.beta2", "training.ema_decay")
-LATER = {"training.expert_room": 1.5}  # fields younger than runs that may be continued, with what those did
+LATER = {  # fields younger than runs that may be continued, with what those did
+    "training.expert_room": 1.5, "evaluation.redundant_experts": 0, "evaluation.expert_nodes": 1}
 
 
 @dataclass(frozen=True)
@@ -277,6 +279,24 @@ def _check_mesh(c: dict) -> None:
     if c["mesh.pipeline"] > c["model.num_hidden_layers"]:
         raise RequestError.field("mesh.pipeline", c["mesh.pipeline"], "must be at most config.model.num_hidden_layers="
                                  f"{c['model.num_hidden_layers']}")
+    _check_placement(c)
+
+
+def _check_placement(c: dict) -> None:
+    """What `parallel/placement.py` needs."""
+    nodes, devices, groups = c["evaluation.expert_nodes"], c["mesh.expert"], c["model.n_group"]
+    groups = 1 if c["model.topk_method"] == "greedy" else groups
+    for name, number in (("mesh.expert", devices), ("model.n_group", groups)):
+        if number % nodes:
+            raise RequestError.field("evaluation.expert_nodes", nodes, f"does not divide config.{name}={number}")
+    redundant, experts = c["evaluation.redundant_experts"], c["model.n_routed_experts"]
+    if redundant % devices:
+        raise RequestError.field("evaluation.redundant_experts", redundant,
+                                 f"must be a multiple of config.mesh.expert={devices}: devices have as many each")
+    most = experts * (devices // nodes - 1) if c["model.first_k_dense_replace"] < c["model.num_hidden_layers"] else 0
+    if redundant > most:
+        raise RequestError.field("evaluation.redundant_experts", redundant,
+                                 f"must be at most {most}: a device has use for one copy of an expert")
 
 
 def read(workdir: Path) -> Settings:

@@ -32,6 +32,9 @@ def _quality(result: dict) -> list[tuple[str, str]]:
     if v["mtp_accuracy"]:
         rows.append(("multi-token", "accuracy " + ", ".join(f"{x:.1%}" for x in v["mtp_accuracy"])
                      + " given the text before, by depth"))
+    if "device_load" in v:
+        rows.append(("experts", "fullest device {:.3f} times the mean, {:.3f} with redundant experts".format(
+            *v["device_load"])))
     return rows
 
 

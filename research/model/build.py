@@ -33,7 +33,8 @@ def variable_shapes(model: Transformer, settings):
     """
     products = replace(model.products, mesh=None, experts_implementation="reference")
     if not products.history:
-        products = Products(RECIPES["float32"], experts_implementation="reference")
+        products = Products(RECIPES["float32"], experts_implementation="reference",
+                            redundant_experts=products.redundant_experts)
     config = FrozenConfigDict({**model.config, "attention_implementation": "xla"})  # the others ask for a GPU
     variables = _initialized(model.clone(products=products, config=config), example_length(settings))
     return {name: jax.tree.map(lambda leaf: leaf, variables.get(name, {})) for name in ("params", "routing", "amax")}

@@ -49,6 +49,13 @@ def gate_weights(affinity_XE, indices_XK, config):
     return weights_XK * config.routed_scaling_factor
 
 
+def in_turn(indices_XK, slots_EC):
+    """The slot of each of a token's experts: copies take an expert's tokens in turn, by the token's index. slots_EC:
+    see `parallel.placement`."""
+    copies_E = jnp.sum(slots_EC >= 0, axis=1, dtype=jnp.int32)
+    return slots_EC[indices_XK, jnp.arange(indices_XK.shape[0])[:, None] % copies_E[indices_XK]]
+
+
 @partial(jax.checkpoint, prevent_cse=False)
 def in_float32(x_XD, kernel_DE):
     """The gate's product, which keeps x as it is for the backward pass; as the experts' exchange does."""
@@ -77,7 +84,10 @@ class Gate(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Routed experts plus shared ones. Returns (y_BTD, routing): choices, loads, affinities and the balance loss."""
+    """Routed experts plus shared ones. Returns (y_BTD, routing): choices, loads, affinities and the balance loss.
+
+    With `products.redundant_experts` the weights are those of S slots, and `slots` says of which expert each is.
+    """
 
     config: Any
     products: Products
@@ -86,23 +96,28 @@ class MixtureOfExperts(nn.Module):
     def __call__(self, x_BTD, valid_BT):
         c = self.config
         B, T, D = x_BTD.shape
-        E, F = c.n_routed_experts, c.moe_intermediate_size
-        x_XD = x_BTD.reshape(B * T, D)
+        E, F, redundant = c.n_routed_experts, c.moe_intermediate_size, self.products.redundant_experts
+        S, x_XD = E + redundant, x_BTD.reshape(B * T, D)
         affinity_XE, indices_XK, weights_XK = Gate(c, self.products, name="gate")(x_XD)
+        slots_XK = indices_XK
+        if redundant:
+            slots_EC = self.variable("routing", "slots", jnp.zeros, (E, 1 + redundant), jnp.int32).value
+            slots_XK = in_turn(indices_XK, slots_EC)
         init = nn.initializers.normal(c.initializer_range)
         y_XD = self.products.experts(
             x_XD,
-            self.param("gate_proj", init, (E, D, F), jnp.float32),
-            self.param("up_proj", init, (E, D, F), jnp.float32),
-            self.param("down_proj", init, (E, F, D), jnp.float32),
-            indices_XK, weights_XK,
+            self.param("gate_proj", init, (S, D, F), jnp.float32),
+            self.param("up_proj", init, (S, D, F), jnp.float32),
+            self.param("down_proj", init, (S, F, D), jnp.float32),
+            slots_XK, weights_XK,
             histories(self, self.products, *HISTORIES) if self.products.quantizes(*FEED_FORWARD) else {})
         y_BTD = y_XD.reshape(B, T, D)
         if c.n_shared_experts:
             y_BTD = y_BTD + FeedForward(c.n_shared_experts * F, self.products, c.initializer_range,
                                         name="shared_experts")(x_BTD)
         indices_BTK, affinity_BTE = indices_XK.reshape(B, T, -1), affinity_XE.reshape(B, T, E)
-        return y_BTD, {
+        slots = {"slot_loads": jnp.sum(count(slots_XK.reshape(B, T, -1), valid_BT, S), axis=0)} if redundant else {}
+        return y_BTD, slots | {
             "indices": indices_BTK,
             "affinity": affinity_BTE,
             "loads": jnp.sum(count(indices_BTK, valid_BT, E), axis=0),

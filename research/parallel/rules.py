@@ -32,6 +32,7 @@ RULES = (  # the first that matches a path gives the axes of its last dimensions
     (r"/kernel$", ("fsdp", "tensor")),
     (r"/(scale|bias)$", (None,)),
     (r"/e_score_correction_bias$", (None,)),
+    (r"/slots$", (None, None)),  # E C, of experts with copies
 )
 SPREAD = ("optimizer", "ema")  # parts of the state that one step reads and writes once
 

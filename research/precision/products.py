@@ -41,6 +41,7 @@ class Products:
     experts_implementation: str = "auto"  # of float experts: see kernels/experts; `inference`: nothing has a gradient
     mesh: Mesh | None = None  # of the devices that share the model; None: one device
     expert_room: float | None = None  # on a device of the mesh: see `parallel.experts`
+    redundant_experts: int = 0  # slots of routed experts beside one for each, in inference: see `parallel.placement`
 
     @property
     def dtype(self):

@@ -1,22 +1,27 @@
 """Bits per byte and multi-token accuracy on held-out text."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from research import environment
+from research.accounting.parameters import is_routed_expert
 from research.data.pipeline import load_corpus
 from research.data.tokenizer import Tokenizer
 from research.errors import RequestError
 from research.interop.weights import read_weights, variables_of
 from research.model.balance import load_violation, relative_load
-from research.model.build import make_model
+from research.model.build import make_model, variable_shapes
 from research.parallel import hosts
 from research.parallel.mesh import make_mesh
-from research.training.step import make_eval_step
+from research.parallel.placement import fullest, place, slots_of
+from research.training.step import make_eval_step, shardings_of
+from research.tree import map_paths, paths
 
 
 def evaluate(eval_step, state, corpus, settings, batches: int | None = None, bar: bool = False) -> dict:
@@ -28,7 +33,9 @@ def evaluate(eval_step, state, corpus, settings, batches: int | None = None, bar
     guide to, not a measure of, what drafting accepts. Where there are experts, `expert_load` (L, E) and
     `mtp_expert_load` (M, E): each one's load over all of this text, relative to its layer's mean, and `load_violation`:
     MaxVio of the former, averaged over layers (MaxVio_global of 2408.15664). Where the gate knows groups,
-    `groups_a_token` (L,): in how many of them a token's experts lie. bar: show on a terminal how far it is.
+    `groups_a_token` (L,): in how many of them a token's experts lie. With redundant experts, `device_load`: how much
+    more than the mean the fullest device of mesh.expert has, as 1.2 times, averaged over layers, if experts lay as in
+    training and as they do. bar: show on a terminal how far it is.
     """
     params = state["params"] if state["ema"] is None else state["ema"]
     sums = None
@@ -46,6 +53,7 @@ def evaluate(eval_step, state, corpus, settings, batches: int | None = None, bar
         "targets": int(sums["targets"]),
         **expert_loads(sums["loads"]),
         **groups_a_token(sums, settings.model),
+        **device_load(sums, settings.mesh.expert),
     }
 
 
@@ -67,6 +75,40 @@ def groups_a_token(sums, config) -> dict:
     return {"groups_a_token": (sums["groups"] / tokens_L).round(4).tolist()}
 
 
+def device_load(sums, n: int) -> dict:
+    """The field of an evaluation's line."""
+    if "slot_loads" not in sums:
+        return {}
+    loads = sums["loads"]["layers"], sums["slot_loads"]
+    return {"device_load": [round(float(np.mean(fullest(loads_LS, n))), 4) for loads_LS in loads]}
+
+
+def with_redundant_experts(model, state, corpus, settings):
+    """The model and what `evaluate` reads of a state, with the weights of routed experts in slots, placed by the loads
+    of the first `evaluation.batches` batches."""
+    wanted, n = settings.evaluation, settings.mesh.expert
+    found = evaluate(make_eval_step(model, settings), state, corpus, settings, wanted.batches)
+    loads = {"layers": np.array(found["expert_load"])} | {
+        f"mtp_{k}": np.array(load_E) for k, load_E in enumerate(found["mtp_expert_load"], start=1)}
+    E, redundant, groups = settings.model.n_routed_experts, wanted.redundant_experts, settings.model.n_group
+    experts = {name: np.apply_along_axis(place, -1, load, redundant, n, wanted.expert_nodes, groups)
+               for name, load in loads.items()}
+    slots = {name: np.apply_along_axis(slots_of, -1, experts_S, E, 1 + redundant)
+             for name, experts_S in experts.items()}
+    model = model.clone(products=replace(model.products, redundant_experts=redundant))
+
+    def in_slots(params):
+        return map_paths(lambda path, w: jnp.take_along_axis(w, experts[path.split("/")[0]][..., None, None], axis=-3)
+                         if is_routed_expert(path) else w, params)
+
+    params = jax.jit(in_slots, out_shardings=shardings_of(model, settings).state["params"])(
+        state["params"] if state["ema"] is None else state["ema"])
+    before = paths(state["routing"])
+    routing = map_paths(lambda path, leaf: slots[path.split("/")[0]] if path.endswith("/slots") else before[path],
+                        variable_shapes(model, settings)["routing"])
+    return model, {"params": params, "routing": routing, "ema": None}
+
+
 @environment.runnable()
 def evaluate_weights(settings, folder: Path) -> dict:
     """Evaluates a Hugging Face folder, or what research.convert wrote, on the text that `settings.data` holds out.
@@ -86,5 +128,7 @@ def evaluate_weights(settings, folder: Path) -> dict:
 
 def on_held_out(model, state, corpus, settings, bar: bool = False) -> dict:
     """What `summary.of_evaluation` prints: a state's evaluation on all held-out text, and gzip's figure beside it."""
+    if settings.evaluation.redundant_experts:
+        model, state = with_redundant_experts(model, state, corpus, settings)
     return {"gzip_bits_per_byte": corpus.gzip_bits_per_byte, "held_out_bytes": corpus.validation_bytes,
             "validation": evaluate(make_eval_step(model, settings), state, corpus, settings, None, bar)}

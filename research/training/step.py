@@ -160,8 +160,11 @@ def make_train_step(model: Transformer, settings, loss=loss_of):
     batch: `tokens_BT`, `targets_BT`, `segments_BT`, `positions_BT`, `mask_BT`, and what else `loss` reads, which is as
     `loss_of`; B is a multiple of `training.accumulation_steps`. Metrics: float32 scalars, `mtp_loss` (M,), and
     `load_violation` averaged over layers, with `load_violation_by_layer` and, for the multi-token routers,
-    `mtp_load_violation`. RequestError for another loss in a pipeline.
+    `mtp_load_violation`. RequestError for another loss in a pipeline, and for redundant experts.
     """
+    if settings.evaluation.redundant_experts:
+        raise RequestError.field("evaluation.redundant_experts", settings.evaluation.redundant_experts,
+                                 "must be 0 in training: experts have copies in --mode=eval alone")
     if loss is not loss_of and settings.mesh.pipeline > 1:
         raise RequestError.field("mesh.pipeline", settings.mesh.pipeline,
                                  "must be 1: only pre-training's own loss is computed in stages")
@@ -231,7 +234,8 @@ def make_train_step(model: Transformer, settings, loss=loss_of):
 
 def make_eval_step(model: Transformer, settings):
     """(params, routing, batch) -> sums over the batch: nats, targets, hits and targets of each depth (M,), what
-    `loads_of` gives, and where the gate knows groups the `groups` that each layer's tokens reach, (L,)."""
+    `loads_of` gives, where the gate knows groups the `groups` that each layer's tokens reach, (L,), and with redundant
+    experts the loads of their slots, (L, S)."""
     over = shardings_of(model, settings)
     # the weights come as they lie: trained ones, or their average, which is split further
     placing = {"in_shardings": (None, over.state["routing"], over.batch), "out_shardings": over.whole} if over else {}
@@ -245,11 +249,13 @@ def make_eval_step(model: Transformer, settings):
             targets_BT, mask_BT = mtp_targets(batch, k)
             hits.append(jnp.sum((jnp.argmax(logits, axis=-1) == targets_BT) & mask_BT))
             counts.append(jnp.sum(mask_BT))
-        groups = {}
+        more = {}
         if (layers := out["routing"]["layers"]) is not None and settings.model.n_group > 1:
             reached_LBT = groups_reached(layers["indices"], settings.model)
-            groups = {"groups": jnp.sum(reached_LBT * (batch["segments_BT"] > 0)[None], axis=(1, 2))}
-        return groups | {"nats": nats, "targets": jnp.sum(batch["mask_BT"]), "mtp_hits": jnp.array(hits, jnp.int32),
+            more["groups"] = jnp.sum(reached_LBT * (batch["segments_BT"] > 0)[None], axis=(1, 2))
+        if model.products.redundant_experts:
+            more["slot_loads"] = layers["slot_loads"]
+        return more | {"nats": nats, "targets": jnp.sum(batch["mask_BT"]), "mtp_hits": jnp.array(hits, jnp.int32),
                 "mtp_targets": jnp.array(counts, jnp.int32), "loads": loads_of(out["routing"])}
 
     return eval_step

@@ -34,12 +34,14 @@ def place(loads_E, redundant: int, n: int, nodes: int = 1, groups: int = 1) -> n
 
 
 def packed(loads_I, kinds_I, n: int) -> np.ndarray:
-    """Which of I items lie in each of n bins, (n, I / n): greedily, see `place`."""
-    room, bins, sums = len(loads_I) // n, [[] for _ in range(n)], np.zeros(n)
+    """Which of I items lie in each of n bins, (n, I / n): greedily, see `place`. kinds_I: small whole numbers."""
+    room, bins, sums_n = len(loads_I) // n, [[] for _ in range(n)], np.zeros(n)
+    full_n, has_nk = np.zeros(n, bool), np.zeros((n, kinds_I.max() + 1), bool)
     for item in np.argsort(-loads_I, kind="stable"):
-        best = min(range(n), key=lambda b: (len(bins[b]) == room, kinds_I[item] in kinds_I[bins[b]], sums[b]))
+        best = np.lexsort((sums_n, has_nk[:, kinds_I[item]], full_n))[0]
         bins[best].append(item)
-        sums[best] += loads_I[item]
+        sums_n[best] += loads_I[item]
+        full_n[best], has_nk[best, kinds_I[item]] = len(bins[best]) == room, True
     return np.array(bins)
 
 

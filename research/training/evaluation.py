@@ -2,10 +2,10 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -84,29 +84,32 @@ def device_load(sums, n: int) -> dict:
 
 
 def with_redundant_experts(model, state, corpus, settings):
-    """The model and what `evaluate` reads of a state, with the weights of routed experts in slots, placed by the loads
-    of the first `evaluation.batches` batches."""
-    wanted, n = settings.evaluation, settings.mesh.expert
+    """The model with slots of routed experts, and what `evaluate` reads of the state, the slots' weights placed by the
+    loads of the first `evaluation.batches` batches. While they are placed, a device has all experts of a layer."""
+    wanted = settings.evaluation
     found = evaluate(make_eval_step(model, settings), state, corpus, settings, wanted.batches)
-    loads = {"layers": np.array(found["expert_load"])} | {
-        f"mtp_{k}": np.array(load_E) for k, load_E in enumerate(found["mtp_expert_load"], start=1)}
-    E, redundant, groups = settings.model.n_routed_experts, wanted.redundant_experts, settings.model.n_group
-    experts = {name: np.apply_along_axis(place, -1, load, redundant, n, wanted.expert_nodes, groups)
-               for name, load in loads.items()}
-    slots = {name: np.apply_along_axis(slots_of, -1, experts_S, E, 1 + redundant)
-             for name, experts_S in experts.items()}
-    model = model.clone(products=replace(model.products, redundant_experts=redundant))
+    loads = {"layers": found["expert_load"]} | {
+        f"mtp_{k}": load_E for k, load_E in enumerate(found["mtp_expert_load"], start=1)}
+    experts = {name: np.apply_along_axis(place, -1, load, wanted.redundant_experts, settings.mesh.expert,
+                                         wanted.expert_nodes, settings.model.n_group) for name, load in loads.items()}
+    model = model.clone(products=replace(model.products, redundant_experts=wanted.redundant_experts))
+    over, before = shardings_of(model, settings), paths(state["routing"])
 
-    def in_slots(params):
-        return map_paths(lambda path, w: jnp.take_along_axis(w, experts[path.split("/")[0]][..., None, None], axis=-3)
-                         if is_routed_expert(path) else w, params)
+    def in_slots(path, w):
+        if not is_routed_expert(path):
+            return w
+        experts_S = experts[path.split("/")[0]]
+        return w[experts_S] if w.ndim == 3 else jax.lax.map(lambda layer: layer[0][layer[1]], (w, experts_S))
 
-    params = jax.jit(in_slots, out_shardings=shardings_of(model, settings).state["params"])(
+    def of_routing(path, leaf):
+        if not path.endswith("/slots"):
+            return before[path]
+        return np.apply_along_axis(slots_of, -1, experts[path.split("/")[0]], *leaf.shape[-2:])
+
+    params = jax.jit(partial(map_paths, in_slots), out_shardings=over.state["params"])(
         state["params"] if state["ema"] is None else state["ema"])
-    before = paths(state["routing"])
-    routing = map_paths(lambda path, leaf: slots[path.split("/")[0]] if path.endswith("/slots") else before[path],
-                        variable_shapes(model, settings)["routing"])
-    return model, {"params": params, "routing": routing, "ema": None}
+    routing = map_paths(of_routing, variable_shapes(model, settings)["routing"])
+    return model, {"params": params, "routing": jax.device_put(routing, over.state["routing"]), "ema": None}
 
 
 @environment.runnable()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from research.model.moe import MixtureOfExperts, choose_experts, gate_weights, groups_reached
+from research.model.moe import MixtureOfExperts, choose_experts, gate_weights, groups_reached, in_turn
 from research.precision.products import Products
 from research.precision.recipe import RECIPES
 from research.tree import paths
@@ -84,6 +84,13 @@ def test_a_token_reaches_the_nodes_of_its_experts_once_each(name):
     expected = [len({expert // (E // config.n_group) for expert in row}) for row in chosen_XK.tolist()]
     np.testing.assert_array_equal(groups_reached(chosen_XK, config), expected)
     assert name == "greedy" or max(expected) <= config.topk_group
+
+
+def test_copies_take_an_experts_tokens_in_turn():
+    """By hand: expert 0 has one copy, 1 three, 2 two; the token's index says which."""
+    slots_EC = jnp.array([[4, -1, -1], [0, 3, 5], [2, 1, -1]])
+    slots_XK = in_turn(jnp.array([[0, 1], [1, 2], [2, 1], [1, 0], [0, 2]]), slots_EC)
+    np.testing.assert_array_equal(slots_XK, [[4, 0], [3, 1], [2, 5], [0, 4], [4, 2]])
 
 
 def test_v3_counts_a_groups_two_best_and_v2_its_best():

@@ -169,6 +169,37 @@ def restored(folder: str) -> dict:
     return {"saved": held(state), "two": held(read[0]), "one": held(read[1]), "equal": equal}
 
 
+def evaluated() -> list[dict]:
+    """What evaluations say: of one device; and of expert 4, in two nodes, with two redundant experts each."""
+    from types import SimpleNamespace
+
+    import jax
+
+    from research.parallel.mesh import make_mesh
+    from research.training.evaluation import on_held_out
+    from research.training.step import shardings_of
+    from tests import tiny
+
+    batches = [tiny.batch(ROWS, seed=seed) for seed in range(3)]
+    corpus = SimpleNamespace(validation_batches=lambda settings, number: batches[:number], gzip_bits_per_byte=1.0,
+                             validation=SimpleNamespace(targets=300), validation_bytes=300)
+    found = []
+    small = FIELDS | {"model.attention": "gqa", "model.attention_implementation": "reference",
+                      "model.n_shared_experts": 0, "model.balance_loss": "none", "training.expert_room": 4.0}
+    for more in ({}, {"mesh.expert": 4, "evaluation.redundant_experts": 4, "evaluation.expert_nodes": 2,
+                      "evaluation.batches": 2}):
+        s = tiny.settings(small | more)
+        model, variables = tiny.model(s)
+        mesh = make_mesh(s)
+        if mesh:
+            products = replace(model.products, mesh=mesh, expert_room=s.training.expert_room)
+            model = model.clone(products=products)
+            over = shardings_of(model, s).state
+            variables = jax.device_put(variables, {name: over[name] for name in variables})
+        found.append(on_held_out(model, variables | {"ema": None}, corpus, s))
+    return found
+
+
 def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
     """`jax.lax.ragged_all_to_all`, which XLA:CPU lacks, by gathers; NaN where senders and receivers do not agree."""
     import jax
@@ -236,5 +267,5 @@ if __name__ == "__main__":
     jax.config.update("jax_numpy_rank_promotion", "raise")
     with tempfile.TemporaryDirectory() as folder:
         json.dump({name: run(name) for name in MESHES} | {
-            "restored": restored(folder), "ragged": ragged(),
+            "restored": restored(folder), "ragged": ragged(), "evaluated": evaluated(),
             "dispatched": dispatched(), "in 8 bits": [in_8_bits(), in_8_bits(data=2, fsdp=2, expert=2)]}, sys.stdout)

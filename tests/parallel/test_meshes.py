@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
+from research import summary
 from research.errors import RequestError
 from research.model.build import make_model
 from research.parallel import experts
@@ -97,6 +98,20 @@ def test_tokens_and_gradients_travel_in_8_bits(found):
     assert lowered == ["64x146xui8", "64x1xi32", "64x1xf32", "16x144xbf16", "64x146xui8", "16x1xf32", "16x144xbf16"]
     assert 0 < y < 4e-3
     assert all(error < 1e-6 for error in errors.values()), errors
+
+
+def test_redundant_experts_change_nothing_but_who_is_busy(found):
+    """Each token's experts are the same, wherever their copies lie; placed by two of three batches."""
+    said = summary.of_evaluation(found["evaluated"][1])
+    one, other = (result["validation"] for result in found["evaluated"])
+    before, after = other.pop("device_load")
+    assert one.keys() == other.keys()
+    for name, expected in one.items():
+        np.testing.assert_allclose(other[name], expected, rtol=1e-5, err_msg=name)
+    home = np.reshape(one["expert_load"], (4, 2)).sum(axis=1)  # of the only layer
+    assert before == pytest.approx(home.max() / home.mean(), abs=1e-3)
+    assert 1 <= after < 0.9 * before
+    assert f"fullest device {before:.3f} times the mean, {after:.3f} with redundant experts" in said
 
 
 def gathers(program: str) -> list[tuple[tuple[int, ...], str]]:
@@ -235,6 +250,12 @@ def test_another_loss_is_not_computed_in_stages():
     s = tiny.settings(FIELDS | IN_PIECES | {"mesh.pipeline": 2})
     with pytest.raises(RequestError, match=r"config.mesh.pipeline=2 must be 1: only pre-training's own loss"):
         make_train_step(make_model(s), s, loss=lambda *arguments, **more: None)
+
+
+def test_experts_have_no_copies_in_training():
+    s = tiny.settings(FIELDS | {"mesh.expert": 4, "evaluation.redundant_experts": 4})
+    with pytest.raises(RequestError, match=r"config.evaluation.redundant_experts=4 must be 0 in training: experts"):
+        make_train_step(make_model(s), s)
 
 
 def test_evaluation_is_split_too():

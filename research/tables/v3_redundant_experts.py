@@ -15,8 +15,8 @@ NOTES = (
     "DeepSeek prints no loads. Zipf-like here: the expert of rank r has 1/sqrt(r) of the first one's, the busiest 8.4 "
     "times the mean (at 1/r it would be 42, where a token's 8 different experts allow 32), in an order drawn anew for "
     "each of 58 layers; shares are exact, and copies share evenly.",
-    "Placed as DeepSeek's EPLB does (research/parallel/placement.py). Within 4 nodes, of 8 GPUs each: every node has two "
-    "of the gate's 8 groups, whole, so that a token reaches no more nodes than its groups lie on.",
+    "Placed as DeepSeek's EPLB does (research/parallel/placement.py). Within 4 nodes, of 8 GPUs each: every node has "
+    "two of the gate's 8 groups, whole, so that a token reaches no more nodes than its groups lie on.",
     "Bytes: FP8 with its scales, the main model's 58 layers.",
 )
 

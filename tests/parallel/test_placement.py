@@ -39,8 +39,8 @@ def test_each_expert_has_a_slot_and_no_device_the_same_twice(kind, E, redundant,
 
 
 def test_the_heaviest_is_copied_first():
-    """By hand: 9 twice, since a half of it is still above 4, and then the first 4; devices get 4 and 4, three thirds of 9,
-    two halves of 4 (the second not where the first is), 2 and 1. No third copy of anything for two devices."""
+    """By hand: 9 twice, since a half of it is still above 4, and then the first 4; devices get 4 and 4, three thirds of
+    9, two halves of 4 (the second not where the first is), 2 and 1. No third copy of anything for two devices."""
     np.testing.assert_array_equal(place([9, 4, 2, 1, 4, 4], 3, 3).reshape(3, 3), [[4, 0, 1], [5, 0, 3], [0, 1, 2]])
     np.testing.assert_array_equal(np.bincount(place([9, 1, 1, 1], 2, 2)), [2, 2, 1, 1])
 

@@ -184,7 +184,7 @@ def test_a_cluster_by_hand(results):
 
 
 def test_redundant_experts_by_hand(results):
-    """An expert's 3 matrices in each of 58 layers, a byte a weight and a scale for 128 x 128; and what copies are for."""
+    """An expert's 3 matrices in each of 58 layers, a byte a weight, a scale for 128 x 128; and what copies are for."""
     rows = {row["what"]: row["ours"] for row in rows_of(results, "v3_redundant_experts").values()}
     expert = 58 * 3 * 7168 * 2048 * (1 + 4 / 128**2) / 1e9
     assert rows["prefill: experts of a GPU"] == pytest.approx(8 * expert)

@@ -86,7 +86,7 @@ class Gate(nn.Module):
 class MixtureOfExperts(nn.Module):
     """Routed experts plus shared ones. Returns (y_BTD, routing): choices, loads, affinities and the balance loss.
 
-    With `products.redundant_experts` the weights are those of S slots, and `slots` says of which expert each is.
+    With `products.redundant_experts` the weights are those of S slots, and `slots` says which ones each expert has.
     """
 
     config: Any

@@ -20,8 +20,8 @@ NOTES = (
     "Bytes: FP8 with its scales, the main model's 58 layers.",
 )
 
-GPUS, REDUNDANT, NODES = 32, 32, 4  # of a unit of prefill
-DECODING = {"V3": (320, 64), "day 6": (144, 32)}  # GPUs of a unit; for redundant and shared ones; redundant experts
+GPUS, REDUNDANT, NODES = 32, 32, 4  # of a unit of prefill; the redundant experts of day 6's decoding too
+DECODING, DAY_6 = 320, 144  # GPUs of a unit of decoding, in the paper and on day 6
 EXPONENT = 0.5
 
 
@@ -42,14 +42,12 @@ def of_fullest(loads_LE, redundant: int, nodes: int, groups: int) -> float:
 
 def analytic() -> list[Row]:
     s = published("deepseek_v3")
-    E, groups, layers = s.model.n_routed_experts, s.model.n_group, s.model.num_hidden_layers - 3
-    gpus, extra = DECODING["day 6"]
-    spared, others = DECODING["V3"]
+    E, groups, layers = s.model.n_routed_experts, s.model.n_group, parameters.shapes(s)["layers/mlp/gate_proj"].shape[0]
     routed = parameters.count(s)["by_part"]["routed experts"] * bytes_of(BLOCK) / E / 1e9  # GB of one of all layers
     loads_LE, load = zipf_like(layers, E), "x the mean"
     rows = [Row("prefill, 32 GPUs: experts a GPU", "experts", 8 + 1, (E + REDUNDANT) / GPUS, 0, "256 and 32 redundant"),
-            Row("decoding, 144 GPUs: experts a GPU", "experts", 2, (E + extra) / gpus, 0, "256 and 32 redundant"),
-            Row("decoding, 320 GPUs: beyond one a routed expert", "GPUs", others, spared - E, 0, "320 - 256"),
+            Row("decoding, 144 GPUs: experts a GPU", "experts", 2, (E + REDUNDANT) / DAY_6, 0, "256 and 32 redundant"),
+            Row("decoding, 320 GPUs: beyond one a routed expert", "GPUs", 64, DECODING - E, 0, "320 - 256"),
             Row("prefill: experts of a GPU", "GB", None, E / GPUS * routed, 1, "8 of each layer"),
             Row("prefill: with a redundant one", "GB", None, (E + REDUNDANT) / GPUS * routed, 1, "9 of each layer"),
             Row("as they lie", load, None, float(np.mean(fullest(loads_LE, GPUS))), 2, "fullest of 32 GPUs")]

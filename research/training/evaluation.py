@@ -33,9 +33,9 @@ def evaluate(eval_step, state, corpus, settings, batches: int | None = None, bar
     guide to, not a measure of, what drafting accepts. Where there are experts, `expert_load` (L, E) and
     `mtp_expert_load` (M, E): each one's load over all of this text, relative to its layer's mean, and `load_violation`:
     MaxVio of the former, averaged over layers (MaxVio_global of 2408.15664). Where the gate knows groups,
-    `groups_a_token` (L,): in how many of them a token's experts lie. With redundant experts, `device_load`: how much
-    more than the mean the fullest device of mesh.expert has, as 1.2 times, averaged over layers, if experts lay as in
-    training and as they do. bar: show on a terminal how far it is.
+    `groups_a_token` (L,): in how many of them a token's experts lie. With redundant experts, `device_load` (2,): of
+    the fullest device of mesh.expert, over the mean, averaged over layers, as experts lie in training and as they lie
+    now. bar: show on a terminal how far it is.
     """
     params = state["params"] if state["ema"] is None else state["ema"]
     sums = None

@@ -11,8 +11,8 @@ import numpy as np
 
 
 def place(loads_E, redundant: int, n: int, nodes: int = 1, groups: int = 1) -> np.ndarray:
-    """The expert of each slot, device by device: experts_S, S = E + redundant, as DeepSeek's EPLB places them (which may
-    put two of one expert on a device).
+    """The expert of each slot, device by device: experts_S, S = E + redundant, as DeepSeek's EPLB places them, but for
+    its allowing two of one expert on a device.
 
     The next copy is of the expert with the largest load a copy, no more of one than there are devices; copies go to
     devices heaviest first, each to the least loaded that has room and, where there is one, none of the same expert.

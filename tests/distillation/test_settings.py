@@ -13,8 +13,10 @@ from research.experiment import flatten
 from tests.training import runs
 
 DEFAULT = base.get_distillation_config()
-ARMS = [("distill.py", arm) for arm in ("", *METHODS)] + [("r1_evaluate.py", arm) for arm in (
-    "", "aime", "math500", "gsm8k", "aime:llama_8b")]
+ARMS = [(file, arm) for file, arms in {
+    "distill.py": METHODS, "drafting.py": ("drafts_1", "drafts_2", "drafts_3"),
+    "r1_evaluate.py": ("aime", "math500", "gsm8k", "aime:llama_8b"),
+}.items() for arm in ("", *arms)]
 
 
 def settings_of(*changes: str):

@@ -16,7 +16,7 @@ from research.training.step import abstract_state
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENT = "experiments/nano.py:smoke"
-PIPELINES = {"distill", "r1_evaluate"}  # experiments of research.distill, whose models are two fields of the config
+PIPELINES = {"distill", "drafting", "r1_evaluate"}  # of research.distill, whose models are two fields of the config
 MICRO = {  # with all that a state can hold, but for dense layers
     "model.hidden_size": 32, "model.intermediate_size": 32, "model.num_attention_heads": 2, "model.n_routed_experts": 8,
     "model.moe_intermediate_size": 16, "model.num_hidden_layers": 1, "model.first_k_dense_replace": 0,

@@ -43,9 +43,12 @@ def available(source: Path) -> bool:
     return reason is None
 
 
-def call(source: Path, result: jax.ShapeDtypeStruct, *operands):
-    """The operation, where `refusal` is None; it has no gradient, and under `vmap` is called one by one."""
-    return jax.ffi.ffi_call(_target(source), result, vmap_method="sequential")(*operands)
+def call(source: Path, result: jax.ShapeDtypeStruct, *operands, **attributes):
+    """The operation, where `refusal` is None; it has no gradient, and under `vmap` is called one by one.
+
+    attributes: NumPy scalars, which the handler gets as its own.
+    """
+    return jax.ffi.ffi_call(_target(source), result, vmap_method="sequential")(*operands, **attributes)
 
 
 def or_batched(single, batched, *operands):

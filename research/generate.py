@@ -44,8 +44,8 @@ _RECIPE = flags.DEFINE_string(
     "recipe", None, "float32 or bfloat16. By default a run's own (bfloat16 for FP8 ones), float32 for a Hugging Face "
     "folder.", FLAGS)
 _WEIGHTS = flags.DEFINE_string(
-    "weights", None, "Weight-only quantisation of projections, embedding and head: int8 or int4. By default none.",
-    FLAGS)
+    "weights", None, "How matrices are kept: int8 or int4, embedding and head too, or fp8_blocks, as DeepSeek-V3 is "
+    "released. By default as --recipe.", FLAGS)
 _CACHE = flags.DEFINE_string("cache_dtype", None, "float32, bfloat16 or fp8; by default as the recipe.", FLAGS)
 
 
@@ -126,8 +126,8 @@ class Writer:
 
 def check_flags() -> None:
     """RequestError for the first flag that cannot be meant."""
-    from kernels.weight_only import BITS
     from research.decoding.cache import STORAGE
+    from research.decoding.forward import WEIGHTS
 
     if not _CHECKPOINT.value:
         raise RequestError("--checkpoint is required: a workdir, or a Hugging Face folder")
@@ -144,7 +144,7 @@ def check_flags() -> None:
         raise RequestError("--stop='' would end every continuation before it begins")
     if problem := sampling().problem():
         raise RequestError(f"--{problem}")
-    for flag, known in ((_RECIPE, ("float32", "bfloat16")), (_CACHE, STORAGE), (_WEIGHTS, tuple(BITS))):
+    for flag, known in ((_RECIPE, ("float32", "bfloat16")), (_CACHE, STORAGE), (_WEIGHTS, WEIGHTS)):
         if flag.value is not None and flag.value not in known:
             raise RequestError(f"--{flag.name}={flag.value!r} must be one of {', '.join(known)}"
                                f"{nearest(flag.value, known)}")
@@ -184,7 +184,6 @@ def load(folder: Path, recipe: str | None, cache_dtype: str | None, weights: str
     from research.data.tokenizer import Tokenizer  # after the checks: JAX takes a second to import
 
     with command.stops_held():
-        from research.decoding.forward import storage
         from research.decoding.generate import Decoder
         from research.interop.weights import checked_weights
     tokenizer = Tokenizer.load(folder)
@@ -192,10 +191,6 @@ def load(folder: Path, recipe: str | None, cache_dtype: str | None, weights: str
     if settings.model.vocab_size < tokenizer.vocab_size:
         raise RequestError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
                            f"{settings.model.vocab_size}")
-    try:
-        storage(model, weights)
-    except ValueError as error:
-        raise RequestError(f"--{error}") from None
     return Decoder(model, variables, recipe, cache_dtype, weights), tokenizer, tokenizer.start_ids
 
 

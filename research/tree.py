@@ -9,6 +9,7 @@ def paths(params) -> dict:
     return {"/".join(key.key for key in path): leaf for path, leaf in leaves}
 
 
-def map_paths(function, params):
+def map_paths(function, params, is_leaf=None):
     """The tree with function(path, leaf) in place of each leaf."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: function("/".join(k.key for k in path), x), params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: function("/".join(key.key for key in path), x), params, is_leaf=is_leaf)

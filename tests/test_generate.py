@@ -112,7 +112,7 @@ def test_a_message_goes_through_the_template(folder, capsys):
         (folder / name).unlink()
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", ["int8", "int4", "fp8_blocks"])
 def test_weights_in_few_bits_by_the_flag(bare, weights, capsys):
     tokenizer = Tokenizer.load(bare)
     _, model, variables = checked_weights(bare)
@@ -159,7 +159,6 @@ def test_text_is_written_as_far_as_it_is_certain():
     (["--checkpoint={folder}", "--prompt=x", "--recipe=float23"], r"--recipe='float23' .*did you mean float32"),
     (["--checkpoint={folder}", "--prompt=x", "--cache_dtype=fp9"], r"--cache_dtype='fp9' .*did you mean fp8"),
     (["--checkpoint={folder}", "--prompt=x", "--weights=int"], "--weights='int' must be one of .*did you mean int"),
-    (["--checkpoint={folder}", "--prompt=x", "--weights=int8"], "--weights='int8' needs a model without routed exp"),
     (["--checkpoint={folder}", "--prompt=x", "--chat"], "--chat: the checkpoint has no chat template: "),
     (["--checkpoint={folder}", "--prompt=x", "--system=y"], "--system needs --chat"),
     (["--checkpoint={folder}", "--prompt=x", "--seed=one"], "seed"),

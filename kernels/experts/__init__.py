@@ -1,6 +1,7 @@
 """The routed experts of a layer: tokens to their experts and back (V3 Eq. 12)."""
 
-from kernels.experts import few, reference, xla
+from kernels.experts import few, narrow, reference, xla
+from kernels.weight_only import Narrow
 
 IMPLEMENTATIONS = ("auto", "xla", "inference", "reference")
 
@@ -11,9 +12,12 @@ def experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, *,
 
     indices_XK: int32, distinct within a token. formats: operand dtypes of the forward, input-gradient and
     weight-gradient products (all accumulate in float32). implementation: `auto` is `xla`, which runs anywhere;
-    `inference` has no gradient and takes fewer pairs than experts one by one; `reference` computes all experts for all
+    `inference` has no gradient and takes fewer pairs than experts one by one; stacks of `Narrow` have their own, on one
+    device; `reference` computes all experts for all
     tokens. pairs: where padding names no expert by the index E, about how many pairs name one, and the most that can.
     """
+    if isinstance(gate_EDF, Narrow):
+        return narrow.experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK)
     if implementation == "inference" and pairs is None and indices_XK.size <= gate_EDF.shape[0]:
         return few.experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK)
     if implementation == "reference":

@@ -8,9 +8,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from kernels import few_rows, weight_only
-from kernels.weight_only import Narrow
+from kernels.weight_only import Blocks, Narrow
 from research.model.layers import rms_norm
 from research.model.mtp import MultiTokenModule
 from research.model.transformer import Block, Transformer
@@ -29,37 +30,37 @@ def decoding_model(model: Transformer, recipe: str | None = None) -> Transformer
     return Transformer(model.config, model.mtp, products)
 
 
+WEIGHTS = ("int8", "int4", "fp8_blocks")
 OUTPUTS = 16384  # that are quantised at once, in float32: 1/9 of Qwen2's vocabulary
 NARROW = (*FEED_FORWARD, "q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa",
           "eh_proj")
 
 
-def storage(model: Transformer, weights: str | None) -> dict[str, int | None]:
-    """Bits of the projections, the embedding and the head; None: the recipe's dtype. weights: None, int8 or int4.
+def storage(model: Transformer, weights: str | None) -> dict[str, str | None]:
+    """Formats of the projections with the routed experts, of the embedding and of the head; None: the recipe's dtype.
 
-    The embedding has 8 bits in either, and so has a head that is its transpose: of a row too little is saved.
-    ValueError for routed experts.
+    weights: None; int8 or int4, where the embedding has 8 bits in either, and so has a head that is its transpose (of a
+    row too little is saved); fp8_blocks, as DeepSeek-V3 is released: embedding and head stay floats. Else ValueError.
     """
-    if weights is None:
-        return {"projections": None, "embed_tokens": None, "lm_head": None}
-    if weights not in weight_only.BITS:
-        raise ValueError(f"weights={weights!r} must be one of {', '.join(weight_only.BITS)}")
-    if model.config.n_routed_experts:
-        raise ValueError(f"weights={weights!r} needs a model without routed experts: it has "
-                         f"{model.config.n_routed_experts}, which are not quantised")
-    bits = weight_only.BITS[weights]
-    return {"projections": bits, "embed_tokens": 8, "lm_head": 8 if model.config.tie_word_embeddings else bits}
+    if weights not in (None, *WEIGHTS):
+        raise ValueError(f"weights={weights!r} must be one of {', '.join(WEIGHTS)}")
+    if weights is None or weights == "fp8_blocks":
+        return {"projections": weights and "e4m3", "embed_tokens": None, "lm_head": None}
+    return {"projections": weights, "embed_tokens": "int8",
+            "lm_head": "int8" if model.config.tie_word_embeddings else weights}
 
 
 def prepare(variables, model, weights: str | None = None):
     """Weights as decoding reads them, from {`params`, `routing`}: {`layers`: [variables of a block], `mtp`: [of a
     module], `embed_tokens`, `lm_head` (D, V), `norm`}; without `lm_head` where the embedding in 8 bits is that too.
 
-    Layer by layer: of weights in numpy's memory no whole copy stands beside the result. Matrices are cast to the
-    recipe's dtype once; gates, norms and biases are in float32. MLA's `kv_b_proj` becomes `k_b_proj` (N, H, R) and
-    `v_b_proj` (N, R, J), the two factors that are absorbed. weights: see `storage`.
+    Layer by layer: of weights that are read when they are asked for (research/interop/variables.py) one layer stands
+    beside the result. Matrices are cast to the recipe's dtype once; gates, norms and biases are in float32. MLA's
+    `kv_b_proj` becomes `k_b_proj` (N, H, R) and `v_b_proj` (N, R, J), the two factors that are absorbed. weights: see
+    `storage`.
     """
     params, routing = variables["params"], variables["routing"]
+    whole = partial(jax.tree.map, lambda x: x[...])  # read here, where it has not been yet
 
     def block(tree, biases):  # waited for: else the copies of all layers would stand in a queue
         return jax.block_until_ready(_prepared(tree, biases, model, weights))
@@ -70,31 +71,44 @@ def prepare(variables, model, weights: str | None = None):
         return [block(*jax.tree.map(lambda x, i=i: x[i], (stack, biases))) for i in range(number)]
 
     def module(k):
-        tree, biases = dict(params[f"mtp_{k}"]), routing.get(f"mtp_{k}", {})
+        tree, biases = whole((params[f"mtp_{k}"], routing.get(f"mtp_{k}", {})))
         inner = block(tree.pop("block"), biases.get("block", {}))
-        joined = {"params": map_paths(partial(keep, model=model, weights=weights), tree) | {"block": inner["params"]}}
+        joined = {"params": _kept(tree, model, weights) | {"block": inner["params"]}}
         return joined | ({"routing": {"block": inner["routing"]}} if "routing" in inner else {})
 
-    return prepare_ends(params, model, weights) | {
+    ends = whole({name: params[name] for name in ("embed_tokens", "norm", "lm_head") if name in params})
+    return prepare_ends(ends, model, weights) | {
         "layers": unstacked("dense_layers") + unstacked("layers"),
         "mtp": [module(k) for k in range(1, model.mtp.num_nextn_predict_layers + 1)],
     }
 
 
-def keep(path: str, x, model, weights: str | None):
-    """A parameter of a block or a module as decoding reads it."""
-    if path.endswith(("/scale", "/bias", "gate/kernel")):
-        return jnp.asarray(x, jnp.float32)
-    bits = storage(model, weights)["projections"]
-    name = path.removesuffix("/kernel").split("/")[-1]
-    return _stored(jnp.asarray(x), bits if name in NARROW else None, model)
+def _kept(tree, model, weights: str | None):
+    """Parameters of a block or a module as decoding reads them."""
+    format = storage(model, weights)["projections"]
+
+    def keep(path, x):
+        if path.endswith(("/scale", "/bias", "gate/kernel")):
+            return jnp.asarray(x, jnp.float32)
+        name = path.removesuffix("/kernel").split("/")[-1]
+        return _stored(x, format if name in NARROW else None, model)
+
+    return map_paths(keep, tree, is_leaf=lambda x: isinstance(x, Blocks))
 
 
-def _stored(w_DF, bits: int | None, model):
-    dtype = model.products.dtype
-    if bits is None:
+def _stored(w_DF, format: str | None, model):
+    """A matrix in a format of `storage`; of a stack one after the other, so that few stand in floats at once."""
+    dtype = str(model.products.dtype)
+    if len(w_DF.shape) == 3 and (format or isinstance(w_DF, Blocks)):
+        return lax.map(lambda w_DF: _stored(w_DF, format, model), w_DF)
+    if isinstance(w_DF, Blocks):
+        kept = weight_only.of_blocks(w_DF, dtype)
+        if format == kept.format:
+            return kept
+        w_DF = weight_only.dequantize(kept)
+    if format is None:
         return jnp.asarray(w_DF, dtype)
-    parts = [_quantize(w_DF[:, first:first + OUTPUTS], bits, None, str(dtype))
+    parts = [_quantize(jnp.asarray(w_DF[:, first:first + OUTPUTS]), format, None, dtype)
              for first in range(0, w_DF.shape[1], OUTPUTS)]
     return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
 
@@ -107,12 +121,13 @@ def prepare_block(tree, biases, model, weights: str | None = None):
     m = model.config
     if m.attention == "mla":
         attention = dict(tree["attention"])
-        kv_RNC = jnp.asarray(attention.pop("kv_b_proj")["kernel"]).reshape(m.kv_lora_rank, m.num_attention_heads, -1)
+        kv_RC = _stored(attention.pop("kv_b_proj")["kernel"], None, model)
+        kv_RNC = kv_RC.reshape(m.kv_lora_rank, m.num_attention_heads, -1)
         k_RNH, v_RNJ = jnp.split(kv_RNC, [m.qk_nope_head_dim], axis=-1)
         attention |= {"k_b_proj": {"kernel": k_RNH.transpose(1, 2, 0)},
                       "v_b_proj": {"kernel": v_RNJ.transpose(1, 0, 2)}}
         tree = tree | {"attention": attention}
-    kept = map_paths(partial(keep, model=model, weights=weights), tree)
+    kept = _kept(tree, model, weights)
     floats = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), biases)
     return {"params": kept} | ({"routing": floats} if biases else {})
 
@@ -122,15 +137,15 @@ _prepared = jax.jit(prepare_block, static_argnums=(2, 3))  # traced once, whoeve
 
 def prepare_ends(params, model, weights: str | None = None):
     """{`embed_tokens`, `lm_head`, `norm`} as decoding reads them; a quantised tied head is the embedding itself."""
-    bits, tied = storage(model, weights), model.config.tie_word_embeddings
+    formats, tied = storage(model, weights), model.config.tie_word_embeddings
     embedding_VD = params["embed_tokens"]
     ends = {"norm": jnp.asarray(params["norm"]["scale"], jnp.float32), "embed_tokens": (
-        _stored(embedding_VD, None, model) if bits["embed_tokens"] is None else
-        _stored(embedding_VD.T, bits["embed_tokens"], model))}
-    if tied and bits["lm_head"]:
+        _stored(embedding_VD, None, model) if formats["embed_tokens"] is None else
+        _stored(embedding_VD.T, formats["embed_tokens"], model))}
+    if tied and formats["lm_head"]:
         return ends
     head_DV = embedding_VD.T if tied else params["lm_head"]
-    return ends | {"lm_head": _stored(head_DV, bits["lm_head"], model)}
+    return ends | {"lm_head": _stored(head_DV, formats["lm_head"], model)}
 
 
 def with_rows(variables, rows, *path):

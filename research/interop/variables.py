@@ -1,5 +1,6 @@
 """The tensors of a Hugging Face folder as our variables: strict, one tensor at a time."""
 
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -7,11 +8,12 @@ from typing import NamedTuple
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from kernels.weight_only import Blocks
 from research.errors import RequestError
 from research.interop import blocks
 from research.interop.huggingface import check_counts, list_weights
 from research.interop.names import SCALE, TOP, Place, copies, in_blocks, places
-from research.interop.tensors import FLOATS, FP8, Tensor
+from research.interop.tensors import DTYPES, FLOATS, FP8, Tensor
 from research.model.build import make_model, variable_shapes
 from research.tree import paths
 
@@ -75,38 +77,78 @@ def checked_tensors(folder: Path, settings, arrays: dict[str, Array]) -> tuple[d
 def read_variables(folder: Path, settings, stored: bool = False) -> dict:
     """{`params`, `routing`} of the settings' model as float32 numpy arrays, FP8 blocks dequantised.
 
-    stored: each array in the dtype of its tensors instead, where they have one, FP8 blocks in float32.
-    Strict: see `checked_tensors`; tensors with NaN or infinite values, and copies that differ from their original,
-    stand in a RequestError too.
+    stored: each as a `Stored` instead, of which nothing is read yet. Strict: see `checked_tensors`; tensors with NaN or
+    infinite values, and copies that differ from their original, stand in a RequestError too.
     """
     folder = Path(folder)
     arrays = arrays_of(settings)
     tensors, repeated = checked_tensors(folder, settings, arrays)
-    filled = {array.path: np.empty(array.shape, _dtype(array, tensors) if stored else np.float32)
-              for array in arrays.values()}
-    infinite = []
-    for array in arrays.values():
-        for place in array.places:
-            values = tensors[place.name].read()
-            if not blocks.finite(values):
-                infinite.append(place.name)
-            if tensors[place.name].dtype == FP8:
-                scales = tensors[place.name + SCALE].read()
-                if not blocks.finite(scales):
-                    infinite.append(place.name + SCALE)
-                    continue
-                values = blocks.dequantize(values, scales)
-            filled[array.path][place.index] = values.T if place.transposed else values
-    refuse(folder, {"not finite (NaN or infinite values)": infinite})
+    found, infinite = {array.path: Stored(folder, array, tensors) for array in arrays.values()}, []
+    if not stored:
+        found = {path: each.read((), infinite, np.dtype(np.float32)) for path, each in found.items()}
+    refuse(folder, {NOT_FINITE: infinite})
     different = [f"{name} (a copy of {original})" for name, original in repeated.items()
                  if not np.array_equal(tensors[name].read(), tensors[original].read())]
     refuse(folder, {"different from the tensor that they repeat": different})
-    return {"params": {}, "routing": {}} | unflatten_dict(filled, sep="/")
+    return {"params": {}, "routing": {}} | unflatten_dict(found, sep="/")
 
 
-def _dtype(array: Array, tensors: dict[str, Tensor]) -> np.dtype:
-    first, *others = {tensors[place.name].dtype for place in array.places}
-    return np.dtype(np.float32) if others else FLOATS.get(first, np.dtype(np.float32))
+NOT_FINITE = "not finite (NaN or infinite values)"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One of our arrays, read when it is asked for: x[...], or x[i] of a stack, in the dtype of its tensors.
+
+    Of FP8 tensors these are `Blocks`; where the tensors' dtypes differ, float32. RequestError for values that are not
+    finite.
+    """
+
+    folder: Path
+    array: Array
+    tensors: dict[str, Tensor]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def __getitem__(self, index) -> np.ndarray | Blocks:
+        infinite = []
+        found = self.read(() if index is ... else (range(self.shape[0])[index],), infinite)
+        refuse(self.folder, {NOT_FINITE: infinite})
+        return found
+
+    def read(self, index: tuple[int, ...], infinite: list[str], dtype: np.dtype | None = None) -> np.ndarray | Blocks:
+        """What stands under an index; the names of tensors that are not finite are added to `infinite`.
+
+        dtype: None is what `__getitem__` gives.
+        """
+        places = [place for place in self.array.places if place.index[:len(index)] == index]
+        shape, kinds = self.array.shape[len(index):], {self.tensors[place.name].dtype for place in places}
+        dtype = dtype or (DTYPES[kinds.pop()] if len(kinds) == 1 else np.dtype(np.float32))
+        values, scales = np.empty(shape, dtype), None
+        if dtype == DTYPES[FP8]:
+            scales = np.empty(blocks.scale_shape(shape), np.float32)
+        for place in places:
+            at, read = place.index[len(index):], self.tensors[place.name].read()
+            if not blocks.finite(read):
+                infinite.append(place.name)
+            if self.tensors[place.name].dtype == FP8:
+                own = self.tensors[place.name + SCALE].read()
+                if not blocks.finite(own):
+                    infinite.append(place.name + SCALE)
+                    continue
+                if scales is None:
+                    read = blocks.dequantize(read, own)
+                else:
+                    scales[at] = own.T if place.transposed else own
+            _bytes(values)[at] = _bytes(read.T if place.transposed else read)
+        return values if scales is None else Blocks(values, scales)
+
+
+def _bytes(x: np.ndarray) -> np.ndarray:
+    """8-bit floats as integers, which numpy copies as they are; others as they come."""
+    return x.view(np.uint8) if x.dtype == DTYPES[FP8] else x
 
 
 def refuse(folder: Path, problems: dict[str, list[str]]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from kernels.weight_only import Blocks
 from research import config
 from research.errors import RequestError
 from research.interop import blocks, huggingface
@@ -24,7 +25,8 @@ def read_weights(folder: Path, stored: bool = False) -> tuple[config.Settings, d
     """Settings and {`params`, `routing`} of a workdir (its newest intact checkpoint) or a Hugging Face folder.
 
     In float32, whatever they are stored in: FP8 blocks are dequantised, and a recipe that quantises finds the same
-    bytes and scales again. stored: other floats stay in the dtype that they are stored in.
+    bytes and scales again. stored: as they are stored, FP8 blocks as `Blocks`; of a folder nothing is read before it is
+    asked for (variables.Stored).
     """
     settings = read_settings(folder)
     if not (folder / "checkpoints").is_dir():
@@ -37,15 +39,16 @@ def read_weights(folder: Path, stored: bool = False) -> tuple[config.Settings, d
 
 
 def _floats(saved: dict, stored: bool) -> dict:
-    """{`params`, `routing`} in float32; stored: but for FP8 blocks, as they are."""
+    """{`params`, `routing`} in float32, or as they are stored."""
     scales = {f"params/{path}": leaf for path, leaf in paths(saved.get("scales", {})).items()}
 
-    def float32(path, leaf):
+    def as_asked(path, leaf):
         if path in scales:
-            return blocks.dequantize(np.asarray(leaf), np.asarray(scales[path]))
+            block = np.asarray(leaf), np.asarray(scales[path])
+            return Blocks(*block) if stored else blocks.dequantize(*block)
         return leaf if stored or leaf.dtype == np.float32 else np.asarray(leaf, np.float32)
 
-    return map_paths(float32, {name: saved[name] for name in ("params", "routing")})
+    return map_paths(as_asked, {name: saved[name] for name in ("params", "routing")})
 
 
 def weights_alone(folder: Path) -> bool:
@@ -75,7 +78,8 @@ def checked_weights(folder: Path, stored: bool = False):
         raise RequestError(f"{folder / 'config.json'}: config.model.vocab_size=None must be a whole number")
     model = make_model(settings)
     variables = {name: saved[name] for name in ("params", "routing")}
-    floats = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), variables)
+    floats = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), variables,
+                          is_leaf=lambda x: isinstance(x, Blocks))
     _, wrong = variables_of(floats, model, settings)
     if wrong:
         raise RequestError(f"{folder}: its checkpoint is not of the model in its config.json: {wrong}")

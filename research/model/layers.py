@@ -37,11 +37,11 @@ def histories(module: nn.Module, products: Products, *names: str) -> dict:
     return module.variable("amax", "history", lambda: zeros).value
 
 
-def matrix(module: nn.Module, initializer_range: float, shape: tuple[int, int]):
-    """A module's parameter `kernel`: float32, or as decoding keeps it (flax would compare the shapes of its parts)."""
-    if module.has_variable("params", "kernel") and isinstance(kept := module.get_variable("params", "kernel"), Narrow):
+def matrix(module: nn.Module, name: str, initializer_range: float, shape: tuple[int, ...]):
+    """A module's parameter: float32, or as decoding keeps it (flax would compare the shapes of its parts)."""
+    if module.has_variable("params", name) and isinstance(kept := module.get_variable("params", name), Narrow):
         return kept
-    return module.param("kernel", nn.initializers.normal(initializer_range), shape, jnp.float32)
+    return module.param(name, nn.initializers.normal(initializer_range), shape, jnp.float32)
 
 
 class Kernel(nn.Module):
@@ -52,7 +52,7 @@ class Kernel(nn.Module):
 
     @nn.compact
     def __call__(self):
-        return matrix(self, self.initializer_range, self.shape)
+        return matrix(self, "kernel", self.initializer_range, self.shape)
 
 
 class Linear(nn.Module):
@@ -65,7 +65,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        w_DF = matrix(self, self.initializer_range, (x.shape[-1], self.features))
+        w_DF = matrix(self, "kernel", self.initializer_range, (x.shape[-1], self.features))
         past = histories(self, self.products, "x", "w", "dy") if self.products.quantizes(self.name) else {}
         y = self.products.linear(x, w_DF, self.name, past)
         if self.use_bias:

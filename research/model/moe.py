@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from research.model.balance import balance_loss, count, initial_bias
-from research.model.layers import FeedForward, histories
+from research.model.layers import FeedForward, histories, matrix
 from research.precision.experts import HISTORIES
 from research.precision.products import FEED_FORWARD, Products
 
@@ -103,12 +103,11 @@ class MixtureOfExperts(nn.Module):
         if redundant:
             slots_EC = self.variable("routing", "slots", jnp.zeros, (E, 1 + redundant), jnp.int32).value
             slots_XK = in_turn(indices_XK, slots_EC)
-        init = nn.initializers.normal(c.initializer_range)
         y_XD = self.products.experts(
             x_XD,
-            self.param("gate_proj", init, (S, D, F), jnp.float32),
-            self.param("up_proj", init, (S, D, F), jnp.float32),
-            self.param("down_proj", init, (S, F, D), jnp.float32),
+            matrix(self, "gate_proj", c.initializer_range, (S, D, F)),
+            matrix(self, "up_proj", c.initializer_range, (S, D, F)),
+            matrix(self, "down_proj", c.initializer_range, (S, F, D)),
             slots_XK, weights_XK,
             histories(self, self.products, *HISTORIES) if self.products.quantizes(*FEED_FORWARD) else {})
         y_BTD = y_XD.reshape(B, T, D)

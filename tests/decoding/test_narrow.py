@@ -1,4 +1,4 @@
-"""Decoding with weights in 8 and 4 bits: the text that the dequantised weights have, and what is refused."""
+"""Decoding with matrices in 8 and 4 bits, experts' too: the text that the dequantised weights have."""
 
 from functools import partial
 
@@ -14,22 +14,25 @@ from tests.decoding.models import built
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6]]
 
 
+def is_narrow(x) -> bool:
+    return isinstance(x, Narrow)
+
+
 def widened(weights):
     """The same in floats: what it stands for in place of each quantised matrix."""
-    def widen(x):
-        return dequantize(x) if isinstance(x, Narrow) else x
-
-    wide = jax.tree.map(widen, weights, is_leaf=lambda x: isinstance(x, Narrow))
-    return wide | {"embed_tokens": wide["embed_tokens"].T, "lm_head": wide.get("lm_head", wide["embed_tokens"])}
+    wide = jax.tree.map(lambda x: dequantize(x) if is_narrow(x) else x, weights, is_leaf=is_narrow)
+    if is_narrow(weights["embed_tokens"]):
+        wide |= {"embed_tokens": wide["embed_tokens"].T, "lm_head": wide.get("lm_head", wide["embed_tokens"])}
+    return wide
 
 
 def narrow(weights: str, changes: dict):
-    _, model, variables = built(tuple((tiny.DENSE | changes).items()))
+    _, model, variables = built(tuple(changes.items()))
     return model, jax.jit(partial(prepare, model=decoding_model(model), weights=weights))(variables(0))
 
 
 def test_text_is_that_of_the_dequantised_weights():
-    model, kept = narrow("int4", {"model.tie_word_embeddings": True})
+    model, kept = narrow("int4", tiny.DENSE | {"model.tie_word_embeddings": True})
     assert "lm_head" not in kept
     texts = [Decoder(model, w).generate(PROMPTS, 12) for w in (kept, widened(kept))]
     assert texts[0].tokens == texts[1].tokens
@@ -37,15 +40,24 @@ def test_text_is_that_of_the_dequantised_weights():
 
 
 def test_every_matrix_is_quantised_and_nothing_else():
-    _, kept = narrow("int4", {})
+    _, kept = narrow("int4", tiny.DENSE)
     found = jax.tree.leaves(kept, is_leaf=lambda x: isinstance(x, Narrow))
     assert sum(isinstance(x, Narrow) for x in found) == 2 * 7 + 2  # four of attention, three of the feed-forward
     assert all(x.ndim == 1 for x in found if not isinstance(x, Narrow))
-    assert kept["embed_tokens"].bits == 8 and kept["lm_head"].bits == 4
+    assert kept["embed_tokens"].format == "int8" and kept["lm_head"].format == "int4"
 
 
-def test_routed_experts_are_refused():
-    with pytest.raises(ValueError, match="weights='int8' needs a model without routed experts: it has 8"):
-        storage(built()[1], "int8")
-    with pytest.raises(ValueError, match="weights='int2' must be one of int8, int4"):
+@pytest.mark.parametrize("weights", ["int8", "int4", "fp8_blocks"])
+def test_text_of_narrow_experts_is_that_of_the_dequantised_ones(weights):
+    """Prompts of several tokens, then plain and drafted ones: the multi-token module's experts are narrow as well."""
+    model, kept = narrow(weights, {})
+    assert is_narrow(kept["layers"][-1]["params"]["mlp"]["gate_proj"]) and is_narrow(
+        kept["mtp"][0]["params"]["block"]["mlp"]["down_proj"])
+    texts = [Decoder(model, w).generate(PROMPTS, 12, draft_tokens=1) for w in (kept, widened(kept))]
+    assert texts[0].tokens == texts[1].tokens and texts[0].accepted == texts[1].accepted
+    assert len({*texts[0].tokens[0], *texts[0].tokens[1]}) > 2
+
+
+def test_unknown_formats_are_refused():
+    with pytest.raises(ValueError, match="weights='int2' must be one of int8, int4, fp8_blocks"):
         storage(built()[1], "int2")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels import weight_only
 from kernels.experts import experts, xla
 from kernels.experts import few as kernels_few
 from tests.tiny import assert_close
@@ -270,3 +271,13 @@ def test_pairs_without_an_expert_are_nowhere(name):
     actual = value_and_gradients((*inputs, weights_XK), np.where(named_XK, indices_XK, 8), dy_XD, "xla",
                                  pairs=(indices_XK.size // 2, int(np.sum(named_XK))))
     assert_close(actual, (expected, gradients))
+
+
+@pytest.mark.parametrize("X, choose", [(1, at_random), (5, few), (40, skewed), (40, same_for_all)])
+@pytest.mark.parametrize("format", ["int8", "e4m3"])
+def test_narrow_experts_are_those_of_their_dequantised_weights(X, choose, format):
+    (x_XD, *w, weights_XK), indices_XK = inputs_of(X, 16, 3, choose)
+    narrow = [jax.vmap(partial(weight_only.quantize, format=format))(jnp.asarray(each)) for each in w]
+    y_XD = jax.jit(experts)(x_XD, *narrow, indices_XK, weights_XK)
+    expected = experts(x_XD, *map(weight_only.dequantize, narrow), indices_XK, weights_XK, implementation="reference")
+    assert_close(y_XD, expected)

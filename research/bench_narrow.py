@@ -1,10 +1,11 @@
 """Weights in 8 and 4 bits beside transformers in bfloat16: `python -m research.bench_narrow [--json=FILE]`.
 
-Greedy continuations of one prompt of 64 random tokens by random weights of a dense Qwen2's shape
-(DeepSeek-R1-Distill-Qwen-1.5B's), each side a process of its own, in turn: tokens/s after the first token, time to the
-first, and resident memory. Ours makes a layer in floats, quantises it and drops it: the model never stands in floats.
-Beside it the bound, bytes of weights that a token reads over the measured speed of reading memory. --part=error: of the
-logits behind the first layers, in bfloat16, int8 and int4 against float32, and against bfloat16.
+Greedy continuations of one prompt of 64 random tokens by random weights of an experiment's shape, each side a process
+of its own, in turn: tokens/s after the first token, time to the first, and resident memory. Ours makes a layer in
+floats, quantises it and drops it: the model never stands in floats. Beside it the bound, bytes of weights that a token
+reads over the measured speed of reading memory. The peer is transformers' Qwen2: of other shapes than
+DeepSeek-R1-Distill-Qwen-1.5B's (the default) and its like there is ours alone. --part=error: of the logits behind the
+first layers, in bfloat16 and each of --sides against float32, and against bfloat16.
 """
 
 import json
@@ -23,10 +24,11 @@ from research.errors import RequestError
 FLAGS = flags.FlagValues()
 _PART = flags.DEFINE_enum("part", "speed", ("speed", "error"), "What is measured.", FLAGS)
 _CONFIG = flags.DEFINE_string("config", "experiments/r1_distill_qwen_1_5b.py", "The experiment of that shape.", FLAGS)
-_SIDES = flags.DEFINE_list("sides", ["int8", "int4"], "Ours: int8, int4.", FLAGS)
+_SIDES = flags.DEFINE_list("sides", ["int8", "int4"], "Ours: int8, int4, fp8_blocks.", FLAGS)
 _NEW = flags.DEFINE_integer("new_tokens", 32, "Tokens after the prompt.", 2, None, FLAGS)
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of each side.", 1, None, FLAGS)
-_LAYERS = flags.DEFINE_integer("layers", 4, "error: so many of the layers.", 1, None, FLAGS)
+_LAYERS = flags.DEFINE_integer("layers", None, "So many of the layers; by default all, and 4 with --part=error.", 1, None,
+                               FLAGS)
 _PEER = flags.DEFINE_string("peer_python", None, "Python with torch and transformers (.venv-parity's).", FLAGS)
 _JSON = flags.DEFINE_string("json", None, "Also writes the result here.", FLAGS)
 _WORKER = flags.DEFINE_string("worker", None, "Our side's process, started by the driver: its request as JSON.", FLAGS)
@@ -37,15 +39,17 @@ DRAWN = 4_194_301  # random numbers of a matrix, then the same again: a prime, s
 RECIPE = "float32"  # of activations: XLA:CPU's bfloat16 is slower, and they are small
 
 
-def settings_of(name: str, layers: int | None = None):
-    """An experiment's checked settings; RequestError for one that is not dense grouped-query attention."""
+def settings_of(name: str, layers: int | None):
+    """An experiment's checked settings, without multi-token modules, which plain decoding does not run."""
     from research import config
 
-    fields = [f"model.num_hidden_layers={layers}"] if layers else []
-    settings = config.check(experiment.change(experiment.load(name), fields))
-    if settings.model.n_routed_experts or settings.model.attention != "gqa":
-        raise RequestError(f"--config={name!r} must be dense with attention 'gqa', as transformers' Qwen2 is")
-    return settings
+    fields = ["mtp.num_nextn_predict_layers=0", *([f"model.num_hidden_layers={layers}"] if layers else [])]
+    return config.check(experiment.change(experiment.load(name), fields))
+
+
+def has_peer(model) -> bool:
+    """Whether transformers' Qwen2 can have the shape of a config's `model`."""
+    return model.attention == "gqa" and not model.n_routed_experts
 
 
 def streamed(model, settings, weights: str | None):
@@ -58,21 +62,26 @@ def streamed(model, settings, weights: str | None):
     from research.model.build import variable_shapes
     from research.tree import map_paths
 
-    shapes = variable_shapes(model, settings)["params"]
-    number = iter(range(10**6))
+    shapes, number = variable_shapes(model, settings), iter(range(10**6))
 
     def draw(path, leaf):
         if path.endswith("/scale"):
             return jnp.ones(leaf.shape)
-        if path.endswith("/bias"):
+        if path.endswith("bias"):
             return jnp.zeros(leaf.shape)
         generator = np.random.default_rng(next(number))
         return np.resize(generator.standard_normal(DRAWN, np.float32) * np.float32(settings.model.initializer_range),
                          leaf.shape)
 
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes["dense_layers"])
-    block = jax.jit(lambda tree: prepare_block(tree, {}, model, weights))
-    layers = [jax.block_until_ready(block(map_paths(draw, one))) for _ in range(settings.model.num_hidden_layers)]
+    block = jax.jit(lambda tree, biases: prepare_block(tree, biases, model, weights))
+
+    def unstacked(name):
+        stacks = [shapes[kind].get(name, {}) for kind in ("params", "routing")]
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacks)
+        layers = jax.tree.leaves(stacks)[0].shape[0] if stacks[0] else 0
+        return [jax.block_until_ready(block(*(map_paths(draw, tree) for tree in one))) for _ in range(layers)]
+
+    layers = unstacked("dense_layers") + unstacked("layers")
     ends = _ends(model, settings, weights, draw)
     environment.give_back_memory()
     return ends | {"layers": layers, "mtp": []}
@@ -83,6 +92,7 @@ def _ends(model, settings, weights: str | None, draw):
     import jax
     import jax.numpy as jnp
 
+    from kernels.weight_only import Narrow
     from research.decoding.forward import prepare_ends
 
     m, parts = settings.model, []
@@ -93,19 +103,27 @@ def _ends(model, settings, weights: str | None, draw):
             {} if m.tie_word_embeddings else {"lm_head": (m.hidden_size, number)})
         drawn = {name: draw(name, jax.ShapeDtypeStruct(shape, np.float32)) for name, shape in shapes.items()}
         parts.append(jax.block_until_ready(prepare(drawn | {"norm": {"scale": np.ones(m.hidden_size, np.float32)}})))
-    axes = {"embed_tokens": 1 if weights else 0, "lm_head": 1}
+    axes = {"embed_tokens": 1 if isinstance(parts[0]["embed_tokens"], Narrow) else 0, "lm_head": 1}
     joined = {name: jax.tree.map(lambda *x, axis=axis: jnp.concatenate(x, axis), *(part[name] for part in parts))
               for name, axis in axes.items() if name in parts[0]}
     return jax.block_until_ready(joined) | {"norm": parts[0]["norm"]}
 
 
-def bytes_a_token(weights) -> int:
-    """Of matrices that every token reads: all but the embedding, of which it reads a row."""
+def bytes_a_token(weights, model) -> float:
+    """Of matrices that a token reads: all but the embedding, of which it reads a row, and the experts that are not its
+    own. model: a config's."""
     import jax
 
-    head = [weights["embed_tokens"]] if "lm_head" not in weights else []
-    read = {key: value for key, value in weights.items() if key != "embed_tokens"}
-    return sum(x.nbytes for x in jax.tree.leaves([read, head]))
+    from research.precision.products import FEED_FORWARD
+
+    def nbytes(tree):
+        return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+    mlps = [layer["params"]["mlp"] for layer in weights["layers"]]
+    routed = nbytes([mlp[name] for mlp in mlps if "gate" in mlp for name in FEED_FORWARD])
+    embedding = nbytes(weights["embed_tokens"]) if "lm_head" in weights else 0
+    others = 1 - model.num_experts_per_tok / model.n_routed_experts if routed else 0
+    return nbytes(weights) - embedding - routed * others
 
 
 def bandwidth() -> float:
@@ -133,7 +151,7 @@ def work(request: dict) -> None:
     from research.decoding.generate import Decoder
     from research.model.build import make_model
 
-    settings = settings_of(request["config"])
+    settings = settings_of(request["config"], request["layers"])
     model = make_model(settings)
     decoder = Decoder(model, streamed(decoding_model(model, RECIPE), settings, request["side"]), RECIPE)
     environment.pin_threads()
@@ -142,16 +160,16 @@ def work(request: dict) -> None:
         decoder.generate([request["prompt"]], number)
 
     kept = sum(x.nbytes for x in jax.tree.leaves(decoder.weights))
-    bench_narrow_peer.serve(generate, {
-        "name": f"parsimony, {request['side']}", "weights": kept, "read": bytes_a_token(decoder.weights)},
-        request["new_tokens"])
+    read = bytes_a_token(decoder.weights, settings.model)
+    bench_narrow_peer.serve(generate, {"name": f"parsimony, {request['side']}", "weights": kept, "read": read},
+                            request["new_tokens"])
 
 
 def start(side: str, folder: Path, peer_python: str | None) -> bench.Worker:
     """The process of one side."""
-    m = settings_of(_CONFIG.value).model
+    m = settings_of(_CONFIG.value, _LAYERS.value).model
     prompt = np.random.default_rng(0).integers(1, m.vocab_size, PROMPT).tolist()
-    told = {"side": side, "config": _CONFIG.value, "prompt": prompt, "new_tokens": _NEW.value}
+    told = {"side": side, "config": _CONFIG.value, "layers": _LAYERS.value, "prompt": prompt, "new_tokens": _NEW.value}
     if side != "peer":
         module = [sys.executable, "-m", "research.bench_narrow", f"--worker={json.dumps(told)}"]
         return bench.Worker(module, {"JAX_PLATFORMS": "cpu"}, folder)
@@ -167,7 +185,8 @@ def measure_speed(peer_python: str | None) -> dict:
     """Medians and ranges of each side, and ours over the peer's, turn by turn."""
     sides = [*_SIDES.value, *(("peer",) if peer_python else ())]
     reading = bandwidth()
-    print(f"{_CONFIG.value}, random weights: {PROMPT} tokens, then {_NEW.value} greedy ones; {_ROUNDS.value} rounds in "
+    layers = f", its first {_LAYERS.value} layers" if _LAYERS.value else ""
+    print(f"{_CONFIG.value}{layers}, random weights: {PROMPT} tokens, then {_NEW.value} greedy ones; {_ROUNDS.value} rounds in "
           f"turn: median (range); memory is read at {reading / 1e9:.1f} GB/s"
           f"{'' if peer_python else '; no peer: `make parity` makes one'}", flush=True)
     turns, about, workers = {side: [] for side in sides}, {}, {}
@@ -203,7 +222,7 @@ def measure_speed(peer_python: str | None) -> dict:
                      f"{row['memory']:.0%} of its resident memory, {row['peak_memory']:.0%} of its peak")
         rows.append(row)
         print(line, flush=True)
-    return {"config": _CONFIG.value, "bandwidth": reading, "rows": rows}
+    return {"config": _CONFIG.value, "layers": _LAYERS.value, "bandwidth": reading, "rows": rows}
 
 
 def measure_error() -> dict:
@@ -214,24 +233,24 @@ def measure_error() -> dict:
     from research.decoding.forward import decoding_model, forward, head
     from research.model.build import make_model
 
-    settings = settings_of(_CONFIG.value, _LAYERS.value)
+    settings = settings_of(_CONFIG.value, _LAYERS.value or 4)
     model = make_model(settings)
     tokens_BT = np.random.default_rng(0).integers(1, settings.model.vocab_size, (1, PROMPT))
     logits = {}
-    for side, recipe in (("float32", RECIPE), ("bfloat16", "bfloat16"), ("int8", RECIPE), ("int4", RECIPE)):
+    for side, recipe in (("float32", RECIPE), ("bfloat16", "bfloat16"), *((side, RECIPE) for side in _SIDES.value)):
         m = decoding_model(model, recipe)
-        weights = streamed(m, settings, side if side.startswith("int") else None)
+        weights = streamed(m, settings, side if side in _SIDES.value else None)
         rows = empty_cache(m, 1, PROMPT, recipe)["layers"]
         hidden_BTD, _, _ = forward(m, weights, rows, tokens_BT, jnp.arange(PROMPT)[None])
         logits[side] = np.asarray(head(weights, hidden_BTD[:, -8:]), np.float64)
         del weights
     result = {}
-    for side in ("bfloat16", "int8", "int4"):
+    for side in ("bfloat16", *_SIDES.value):
         error = np.linalg.norm(logits[side] - logits["float32"]) / np.linalg.norm(logits["float32"])
         to_bfloat16 = np.linalg.norm(logits[side] - logits["bfloat16"]) / np.linalg.norm(logits["bfloat16"])
         result[side] = {"to_float32": float(error), "to_bfloat16": float(to_bfloat16)}
         print(f"{side:<8} logits' relative error {error:.4f} to float32, {to_bfloat16:.4f} to bfloat16", flush=True)
-    return {"config": _CONFIG.value, "layers": _LAYERS.value, "errors": result}
+    return {"config": _CONFIG.value, "layers": settings.model.num_hidden_layers, "errors": result}
 
 
 def main() -> None:
@@ -239,14 +258,15 @@ def main() -> None:
         work(json.loads(_WORKER.value))
         return
     bench.check_json(_JSON.value)
-    if unknown := set(_SIDES.value) - {"int8", "int4"}:
-        raise RequestError(f"--sides={','.join(_SIDES.value)!r} must be of int8, int4, not {min(unknown)!r}")
-    settings_of(_CONFIG.value)
-    peer_python = bench.find_peer(_PEER.value) if _PART.value == "speed" else None
+    peer = _PART.value == "speed" and has_peer(settings_of(_CONFIG.value, _LAYERS.value).model)
+    peer_python = bench.find_peer(_PEER.value) if peer else None
 
     from research import environment
+    from research.decoding.forward import WEIGHTS
     from research.files import write_whole
 
+    if unknown := set(_SIDES.value) - {*WEIGHTS}:
+        raise RequestError(f"--sides={','.join(_SIDES.value)!r} must be of {', '.join(WEIGHTS)}, not {min(unknown)!r}")
     about = environment.describe()
     print(f"{about['device']}, {about['processor']}, commit {about['commit']}", flush=True)
     measured = measure_speed(peer_python) if _PART.value == "speed" else measure_error()

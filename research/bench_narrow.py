@@ -27,7 +27,7 @@ _CONFIG = flags.DEFINE_string("config", "experiments/r1_distill_qwen_1_5b.py", "
 _SIDES = flags.DEFINE_list("sides", ["int8", "int4"], "Ours: int8, int4, fp8_blocks.", FLAGS)
 _NEW = flags.DEFINE_integer("new_tokens", 32, "Tokens after the prompt.", 2, None, FLAGS)
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of each side.", 1, None, FLAGS)
-_LAYERS = flags.DEFINE_integer("layers", None, "So many of the layers; by default all, and 4 with --part=error.", 1, None,
+_LAYERS = flags.DEFINE_integer("layers", None, "The first layers alone; by default all, 4 with --part=error.", 1, None,
                                FLAGS)
 _PEER = flags.DEFINE_string("peer_python", None, "Python with torch and transformers (.venv-parity's).", FLAGS)
 _JSON = flags.DEFINE_string("json", None, "Also writes the result here.", FLAGS)
@@ -186,9 +186,10 @@ def measure_speed(peer_python: str | None) -> dict:
     sides = [*_SIDES.value, *(("peer",) if peer_python else ())]
     reading = bandwidth()
     layers = f", its first {_LAYERS.value} layers" if _LAYERS.value else ""
-    print(f"{_CONFIG.value}{layers}, random weights: {PROMPT} tokens, then {_NEW.value} greedy ones; {_ROUNDS.value} rounds in "
-          f"turn: median (range); memory is read at {reading / 1e9:.1f} GB/s"
-          f"{'' if peer_python else '; no peer: `make parity` makes one'}", flush=True)
+    shape = settings_of(_CONFIG.value, _LAYERS.value).model
+    peer = "" if peer_python else "; no peer: `make parity` makes one" if has_peer(shape) else "; the peer lacks it"
+    print(f"{_CONFIG.value}{layers}, random weights: {PROMPT} tokens, then {_NEW.value} greedy ones; {_ROUNDS.value} "
+          f"rounds in turn: median (range); memory is read at {reading / 1e9:.1f} GB/s{peer}", flush=True)
     turns, about, workers = {side: [] for side in sides}, {}, {}
     with tempfile.TemporaryDirectory() as name:
         try:

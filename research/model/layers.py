@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from research.precision.experts import HISTORIES
+from research.precision.later import Later
 from research.precision.products import FEED_FORWARD, Narrow, Products
 
 
@@ -38,9 +39,12 @@ def histories(module: nn.Module, products: Products, *names: str) -> dict:
 
 
 def matrix(module: nn.Module, initializer_range: float, shape: tuple[int, int]):
-    """A module's parameter `kernel`: float32, or as decoding keeps it (flax would compare the shapes of its parts)."""
-    if module.has_variable("params", "kernel") and isinstance(kept := module.get_variable("params", "kernel"), Narrow):
-        return kept
+    """A module's parameter `kernel`: float32, or as decoding keeps it, or with a gradient that waits (flax would compare
+    the shapes of their parts)."""
+    if module.has_variable("params", "kernel"):
+        kept = module.get_variable("params", "kernel")
+        if isinstance(kept, (Narrow, Later)):
+            return kept
     return module.param("kernel", nn.initializers.normal(initializer_range), shape, jnp.float32)
 
 

@@ -39,8 +39,8 @@ def histories(module: nn.Module, products: Products, *names: str) -> dict:
 
 
 def matrix(module: nn.Module, initializer_range: float, shape: tuple[int, int]):
-    """A module's parameter `kernel`: float32, or as decoding keeps it, or with a gradient that waits (flax would compare
-    the shapes of their parts)."""
+    """A module's parameter `kernel`: float32, or as decoding keeps it, or with a gradient that waits (flax would
+    compare the shapes of their parts)."""
     if module.has_variable("params", "kernel"):
         kept = module.get_variable("params", "kernel")
         if isinstance(kept, (Narrow, Later)):

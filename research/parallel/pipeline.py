@@ -126,7 +126,7 @@ def gradients(stage: Stage, mesh: Mesh, params, routing, batches) -> tuple[Any, 
             (passed_BTD, loss), transpose, metrics = jax.vjp(
                 lambda params, received_BTD: whole(params, received_BTD, batch), trained, received_BTD, has_aux=True)
             gradient, d_received_BTD = transpose((carry["backward"], jnp.ones_like(loss)))
-            place = jnp.maximum(batch, 0) % S
+            place = batch % S  # of no batch one that may be taken
 
             def keep(kept, x):
                 return placed(mesh, kept.at[place].set(jnp.where(batch >= 0, x, kept[place])), *of_batch(kept))

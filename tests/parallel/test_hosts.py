@@ -174,7 +174,7 @@ def test_votes_are_the_largest_of_all(pair):
 @pytest.mark.parametrize("mesh, rows, matrix, held", [
     ("experts", ([0, 1, 2, 3], [4, 5, 6, 7]), "layers/mlp/gate_proj", [1, 4, 16, 40]),
     ("stages", 2 * ([0, 1, 2, 3, 4, 5, 6, 7],), "dense_layers/mlp/gate_proj/kernel", [1, 16, 24]),
-])
+], ids=["experts", "stages"])
 def test_steps_over_two_processes_are_those_of_one_device(pair, mesh, rows, matrix, held):
     """Experts of either process for tokens of both, or a stage in each: loss, biases and weights after the last step,
     on both."""

@@ -76,19 +76,20 @@ class TestWaiting:
 
     def test_nothing_is_multiplied_twice(self):
         """Of a feed-forward network: three products, three of gradients of inputs, and in the second pass three."""
+        products = Products(RECIPES["fp8_deepseek"], ("up_proj",))  # of which none is in 8 bits
         params = {"mlp": {name: {"kernel": normal(*((F, D) if name == "down_proj" else (D, F)))}
                           for name in FEED_FORWARD}}
 
         def network(x, params):
-            return BFLOAT16.feed_forward(x, *(params["mlp"][name]["kernel"] for name in FEED_FORWARD), {})
+            return products.feed_forward(x, *(params["mlp"][name]["kernel"] for name in FEED_FORWARD), {})
 
         def first(x, params):
-            y, pull = jax.vjp(network, x, BFLOAT16.with_later(params, 2, 10))
+            y, pull = jax.vjp(network, x, products.with_later(params, 2, 10))
             dx, found = pull(jnp.cos(y))
             return y, dx, {path: (z.x, z.dy) for path, z in paths(found, is_later).items()}
 
         def second(params, operands):
-            return {path: BFLOAT16.weight_gradient(path, Later(w_DF, *operands[path]))
+            return {path: products.weight_gradient(path, Later(w_DF, *operands[path]))
                     for path, w_DF in paths(params).items()}
 
         x = normal(2, 10, D).astype(jnp.bfloat16)

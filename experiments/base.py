@@ -101,6 +101,7 @@ def get_config() -> ConfigDict:
     t.batch_ramp_start = 0  # sequences of the first step; 0: no ramp (V3: 3072 -> 15360)
     t.batch_ramp_until = 0.032  # fraction of the steps after which the batch is batch_size
     t.accumulation_steps = 1  # the batch in so many pieces, one after another
+    t.pipeline_schedule = "1f1b"  # 1f1b | zero_bubble: less idle time, for memory (research/parallel/pipeline.py)
     t.expert_room = 1.5  # room of a device of mesh.expert for pairs, times a balanced router's; more take rounds
     t.seed = 0
     t.ema_decay = 0.0  # of an average of the weights, saved beside them and evaluated in their place; 0: off

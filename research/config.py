@@ -23,6 +23,7 @@ CHOICES = {
     "model.rope_scaling.type": ("default", "yarn", "llama3"),
     "model.remat": ("none", "up_projections", "layer"),
     "mtp.hidden": ("after_norm", "before_norm"),
+    "training.pipeline_schedule": ("1f1b", "zero_bubble"),
     "precision.recipe": tuple(RECIPES),
     "precision.implementation": ("auto", "mosaic", "xla", "reference"),
     "data.source": ("stdlib", "files", "huggingface"),
@@ -59,7 +60,8 @@ PROJECTIONS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_pro
 LARGEST = 2**31 - 1  # of any whole number
 BELOW_ONE = ("optimizer.beta1", "optimizer.beta2", "training.ema_decay")
 LATER = {  # fields younger than runs that may be continued, with what those did
-    "training.expert_room": 1.5, "evaluation.redundant_experts": 0, "evaluation.expert_nodes": 1}
+    "training.expert_room": 1.5, "training.pipeline_schedule": "1f1b",
+    "evaluation.redundant_experts": 0, "evaluation.expert_nodes": 1}
 
 
 @dataclass(frozen=True)
@@ -276,6 +278,9 @@ def _check_mesh(c: dict) -> None:
     for axis, name in (("expert", "model.n_routed_experts"), ("tensor", "model.num_attention_heads")):
         if c[name] % c[f"mesh.{axis}"]:
             raise RequestError.field(f"mesh.{axis}", c[f"mesh.{axis}"], f"does not divide config.{name}={c[name]}")
+    if c["training.pipeline_schedule"] != "1f1b" and c["mesh.pipeline"] == 1:
+        raise RequestError.field("training.pipeline_schedule", c["training.pipeline_schedule"],
+                                 "must be '1f1b' with config.mesh.pipeline=1: there are no stages")
     if c["mesh.pipeline"] > c["model.num_hidden_layers"]:
         raise RequestError.field("mesh.pipeline", c["mesh.pipeline"], "must be at most config.model.num_hidden_layers="
                                  f"{c['model.num_hidden_layers']}")

@@ -3,9 +3,9 @@
 import jax
 
 
-def paths(params) -> dict:
-    """{`a/b/kernel`: leaf} of a parameter tree."""
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+def paths(params, is_leaf=None) -> dict:
+    """{`a/b/kernel`: leaf} of a parameter tree; is_leaf: what else is to be taken whole."""
+    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf)[0]
     return {"/".join(key.key for key in path): leaf for path, leaf in leaves}
 
 

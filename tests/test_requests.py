@@ -139,6 +139,7 @@ WRONG = [
     field("mesh.pipeline=3", r"mesh\.pipeline=3 does not divide the 2 layers with experts; the first stage has"),
     field("mesh.pipeline=4", r"mesh\.pipeline=4 needs 4 devices: 1 cpu device is", "training.accumulation_steps=4",
           "model.num_hidden_layers=5"),
+    field("training.pipeline_schedule=zero_bubble", r"training\.pipeline_schedule='zero_bubble' must be '1f1b' with "),
     field("mesh.data=3", r"training\.batch_size=8 must be a multiple of 3 = mesh\.data \* mesh\.fsdp \* mesh\.expert"),
     # data
     field("data.source=stdlibs", r"data\.source='stdlibs' must be one of stdlib, .*\(did you mean stdlib\?\)"),

@@ -7,6 +7,7 @@ allocated or compiled.
 
 import contextlib
 import functools
+import math
 from dataclasses import replace
 
 import jax
@@ -129,7 +130,8 @@ def of_device(settings, gpu: bool) -> dict[str, int]:
     alive at once, where gradients take the place of activations, unless they are accumulated over pieces.
 
     A pipeline is the one that training runs (parallel/pipeline.py): each stage holds a copy of all that is not in the
-    layers they share, and of the micro-batches on their way what it has received. Where it does not divide those layers
+    layers they share, and of the micro-batches on their way what it has received and, under `zero_bubble`, what the
+    gradients of weights that wait are made of. Where it does not divide those layers
     (training refuses that, V3 did it) everything is divided by it all the same, an average of stages, of whom each
     keeps the activations of as many micro-batches as there are stages.
     """
@@ -170,12 +172,16 @@ def of_device(settings, gpu: bool) -> dict[str, int]:
 
 def _of_stage(settings, gpu: bool) -> dict[str, int]:
     """A device of a stage, as of a mesh without the others."""
-    mesh, pieces = settings.mesh, settings.training.accumulation_steps
-    of = of_device(pipeline.of_stage(settings), gpu)
-    rows = settings.training.batch_size // (mesh.data * mesh.fsdp * mesh.expert * pieces)
-    numbers = pipeline.held(mesh.pipeline, pieces) * rows * settings.data.sequence_length * settings.model.hidden_size
-    received = numbers * jnp.dtype(RECIPES[settings.precision.recipe].activations).itemsize
-    return of | {"activations": of["activations"] + received, "total": of["total"] + received}
+    mesh, pieces, stage = settings.mesh, settings.training.accumulation_steps, pipeline.of_stage(settings)
+    of, products = of_device(stage, gpu), make_model(settings).products
+    tokens = settings.training.batch_size * settings.data.sequence_length // (
+        mesh.data * mesh.fsdp * mesh.expert * pieces)
+    widths = pipeline.held(mesh.pipeline, pieces) * settings.model.hidden_size
+    if settings.training.pipeline_schedule == "zero_bubble":
+        widths += mesh.pipeline * sum(leaf.size // math.prod(leaf.shape[-2:]) * sum(leaf.shape[-2:])
+                                      for path, leaf in shapes(stage).items() if products.puts_off(path))
+    on_their_way = tokens * widths * products.dtype.itemsize
+    return of | {"activations": of["activations"] + on_their_way, "total": of["total"] + on_their_way}
 
 
 def with_recipe(settings, name: str):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from research.precision.experts import HISTORIES
+from research.precision.later import Later
 from research.precision.products import FEED_FORWARD, Narrow, Products
 
 
@@ -38,8 +39,9 @@ def histories(module: nn.Module, products: Products, *names: str) -> dict:
 
 
 def matrix(module: nn.Module, name: str, initializer_range: float, shape: tuple[int, ...]):
-    """A module's parameter: float32, or as decoding keeps it (flax would compare the shapes of its parts)."""
-    if module.has_variable("params", name) and isinstance(kept := module.get_variable("params", name), Narrow):
+    """A module's parameter: float32, or as decoding keeps it, or with a gradient that waits (flax would compare the
+    shapes of their parts)."""
+    if module.has_variable("params", name) and isinstance(kept := module.get_variable("params", name), (Narrow, Later)):
         return kept
     return module.param(name, nn.initializers.normal(initializer_range), shape, jnp.float32)
 

@@ -6,6 +6,12 @@ one's. But one program has the same arrays on all devices, and stages that branc
 exchanges something among all: so every stage holds what is the first's and the last's, and computes it, in vain if it
 is neither. No stage waits longer for that than for one that has it all to do. Micro-batches are the pieces of
 `training.accumulation_steps`. Letters beside the house's: `S` stages.
+
+The schedule `zero_bubble` (2401.10241) has the same stages do less in vain. A chunk's gradients of weights depend on
+nobody's but its own: they wait until all stages have those of the micro-batch to do, and are no part of the ticks in
+which the pipeline fills and drains. Two passes for the halves of a chunk would go twice through its chain (6 forward
+chunks of work for 4); so the first keeps what the products of the second multiply (precision/later.py), and no work is
+done twice. What it costs is the memory of those operands, of S micro-batches.
 """
 
 from collections.abc import Callable
@@ -24,7 +30,9 @@ from research.errors import RequestError
 from research.model.transformer import depths
 from research.parallel import schedules
 from research.parallel.rules import is_in, placed, shared_stack
-from research.tree import map_paths
+from research.precision.later import Later, is_later
+from research.precision.products import Products
+from research.tree import map_paths, paths
 
 
 class Stage(NamedTuple):
@@ -33,6 +41,7 @@ class Stage(NamedTuple):
     passed: jax.ShapeDtypeStruct  # what goes from stage to stage, (B, T, D) of a micro-batch
     forward: Callable  # (params, routing, received_BTD, batch, first) -> passed_BTD
     whole: Callable  # the same and `last` -> (passed_BTD, its part of the loss), (metrics stacked like layers, summed)
+    waiting: Products | None  # whose gradients of weights wait, under `zero_bubble`; None: under `1f1b`
 
 
 def shared_layers(config) -> int:
@@ -77,11 +86,19 @@ def gradients(stage: Stage, mesh: Mesh, params, routing, batches) -> tuple[Any, 
     """
     S, number = mesh.shape["pipeline"], jax.tree.leaves(batches)[0].shape[0]
     ticks = tuple(np.array([[-1 if batch is None else batch for batch in row] for row in table], np.int32)
-                  for table in schedules.in_step(S, number))
+                  for table in (schedules.in_step_apart if stage.waiting else schedules.in_step)(S, number))
     places, shared = held(S, number), shared_stack(params)
 
     def split(tree):
         return map_paths(lambda path, _: P("pipeline") if is_in(shared, path) else P(), tree)
+
+    def operands_of(tree):
+        """{path: (x, dy)} of the weights whose gradients wait."""
+        return {path: (x.x, x.dy) for path, x in paths(tree, is_later).items() if is_later(x)}
+
+    def of_batch(x):
+        """What stands before the batch of these operands, for `placed`: micro-batches and, of a stack, layers."""
+        return (None,) * (x.ndim - 3)
 
     def local(params, routing, batches):
         at = lax.axis_index("pipeline")
@@ -107,17 +124,36 @@ def gradients(stage: Stage, mesh: Mesh, params, routing, batches) -> tuple[Any, 
         def backward(batch, carry):
             received_BTD = carry["kept"][jnp.maximum(batch, 0) % places]
             (passed_BTD, loss), transpose, metrics = jax.vjp(
-                lambda params, received_BTD: whole(params, received_BTD, batch), params, received_BTD, has_aux=True)
+                lambda params, received_BTD: whole(params, received_BTD, batch), trained, received_BTD, has_aux=True)
             gradient, d_received_BTD = transpose((carry["backward"], jnp.ones_like(loss)))
-            more = jax.tree.map(lambda sum_, x: sum_ + jnp.where(batch >= 0, x, 0), carry["sums"], (gradient, metrics))
-            return carry | {"sums": more, "backward": sent(d_received_BTD, to_last)}
+            place = batch % S  # of no batch one that may be taken
+
+            def keep(kept, x):
+                return placed(mesh, kept.at[place].set(jnp.where(batch >= 0, x, kept[place])), *of_batch(kept))
+
+            operands = jax.tree.map(keep, carry["operands"], operands_of(gradient))
+            more = jax.tree.map(lambda x, sum_: sum_ if is_later(x) else sum_ + jnp.where(batch >= 0, x, 0),
+                                (gradient, metrics), carry["sums"], is_leaf=is_later)
+            return carry | {"sums": more, "backward": sent(d_received_BTD, to_last), "operands": operands}
+
+        def weights(batch, carry):
+            operands, weight = jax.tree.map(lambda kept: kept[batch % S], carry["operands"]), paths(params)
+            gradient, metrics = carry["sums"]
+
+            def added(path, sum_):
+                if path not in operands:
+                    return sum_
+                return sum_ + stage.waiting.weight_gradient(path, Later(weight[path], *operands[path]))
+
+            return carry | {"sums": (map_paths(added, gradient), metrics)}
 
         def tick(carry, batches_S):
-            for direction, batch_S in zip((forward, backward), batches_S, strict=True):
+            for direction, batch_S in zip((forward, backward, weights)[:len(ticks)], batches_S, strict=True):
                 # the same on all devices: where no stage goes this way, the tick is shorter
                 carry = lax.cond(jnp.any(batch_S >= 0), direction, lambda _, carry: carry, batch_S[at], carry)
             return carry, None
 
+        trained = stage.waiting.with_later(params, *stage.passed.shape[:2]) if stage.waiting else params
         to_next = [(s, s + 1) for s in range(S - 1)]
         to_last = [(s + 1, s) for s in range(S - 1)]
         _, metrics = jax.eval_shape(whole, params, nothing, jnp.zeros((), jnp.int32))
@@ -126,6 +162,7 @@ def gradients(stage: Stage, mesh: Mesh, params, routing, batches) -> tuple[Any, 
             "backward": nothing,  # from the stage behind; nothing comes to the last one
             "kept": placed(mesh, jnp.zeros((places, *nothing.shape), nothing.dtype), None),
             "sums": jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (params, metrics)),
+            "operands": jax.tree.map(lambda x: jnp.zeros((S, *x.shape), x.dtype), operands_of(trained)),
         }
         gradient, (stacked, summed) = lax.scan(tick, carry, ticks)[0]["sums"]
 

@@ -178,6 +178,18 @@ def most_held(timeline: list[list[Timed]]) -> int:
     return most
 
 
+def in_step_apart(P: int, batches: int) -> tuple[list[list[int | None]], ...]:
+    """`in_step` with the backward chunk in its halves: (forward, backward of the input, backward of the weights).
+
+    Stage s's weights wait for s ticks, as in `zero_bubble`. So all stages have those of a micro-batch in one tick, none
+    waits for another there, and there are as many such ticks as micro-batches: the idle time is (P - 1)(F + B - W).
+    ZB1P's, a W less, takes stages that do different things at a time. Stage s holds what s + 1 micro-batches' gradients
+    of weights are made of, beside the inputs of `in_step`.
+    """
+    forward, backward = in_step(P, batches)
+    return forward, backward, [[row[0]] * P for row in backward]
+
+
 def in_step(P: int, batches: int) -> tuple[list[list[int | None]], list[list[int | None]]]:
     """What training runs: 1F1B in ticks, in each of which a stage goes forward with one micro-batch and then backward
     with another. Returns (forward, backward): [tick][stage] is the micro-batch, or None.

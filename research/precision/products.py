@@ -14,9 +14,11 @@ from kernels.weight_only import product as narrow_product
 from research.parallel.experts import over_mesh
 from research.parallel.rules import on_own_rows, over_rows, placed
 from research.precision.experts import swiglu
+from research.precision.later import Later, put_off
 from research.precision.matmul import linear, matmul
 from research.precision.quantize import Packing
 from research.precision.recipe import Format, Recipe
+from research.tree import map_paths
 
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
@@ -83,6 +85,8 @@ class Products:
         """x (..., D) times w_DF, in the dtype of activations. name: the projection's; histories: of `matmul.linear`."""
         if not self.quantizes(name):
             return self._float_linear(x, w_DF)
+        if isinstance(w_DF, Later):
+            return put_off(partial(self.linear, name=name, histories=histories), x, w_DF)
 
         def compute(x_XD, w_DF, histories):
             return linear(x_XD, w_DF, histories, self.recipe, name == "o_proj", self.implementation)
@@ -91,6 +95,8 @@ class Products:
         return y_XF.reshape(*x.shape[:-1], w_DF.shape[1])
 
     def _float_linear(self, x, w_DF):
+        if isinstance(w_DF, Later):
+            return put_off(self._float_linear, x, w_DF)
         x_XD = x.reshape(-1, x.shape[-1])
         if isinstance(w_DF, Narrow):
             y_XF = narrow_product(x_XD, w_DF)
@@ -100,6 +106,35 @@ class Products:
             y_XF = matmul(x_XD, w_DF, self._floats)
         y_XF = y_XF.astype(self.dtype)
         return y_XF.reshape(*x.shape[:-1], w_DF.shape[1])
+
+    def puts_off(self, path: str) -> bool:
+        """Whether the gradient of the parameter at this path can wait: a projection's can.
+
+        Those of embedding, head, norms and gate are not of the recipe's products; those of routed experts, and of an
+        8-bit feed-forward network, share what they compute with the gradient of the input.
+        """
+        if not path.endswith("/kernel") or path.endswith("/gate/kernel"):
+            return False
+        return not (path.split("/")[-2] in FEED_FORWARD and self.quantizes(*FEED_FORWARD))
+
+    def with_later(self, params, B: int, T: int):
+        """The parameters with `Later` in place of those whose gradients can wait, for a pass of (B, T) positions."""
+        def waiting(path, w):
+            if not self.puts_off(path):
+                return w
+            return Later(w, *(jnp.zeros((*w.shape[:-2], B, T, width), self.dtype) for width in w.shape[-2:]))
+
+        return map_paths(waiting, params)
+
+    def weight_gradient(self, path: str, later: Later):
+        """Of the parameter at this path, alone or stacked by layers (L, ...): from its x and dy, as one pass has it."""
+        name = path.split("/")[-2]
+        product = self._float_linear if name in FEED_FORWARD else partial(self.linear, name=name, histories={})
+
+        def of_layer(later):
+            return jax.vjp(lambda w_DF: product(later.x, w_DF), later.w)[1](later.dy)[0]
+
+        return of_layer(later) if later.w.ndim == 2 else jax.lax.map(of_layer, later)
 
     def feed_forward(self, x, gate_DF, up_DF, down_FD, histories):
         """(silu(x gate) * (x up)) down for x (..., D), in the dtype of activations."""

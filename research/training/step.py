@@ -142,7 +142,8 @@ def stage_of(model: Transformer, settings, rows: int, total, weight) -> pipeline
         return (passed_BTD, loss), (found and found["loads"], (metrics, mtp_loads))
 
     shape = rows, settings.data.sequence_length, settings.model.hidden_size
-    return pipeline.Stage(jax.ShapeDtypeStruct(shape, model.products.dtype), forward, whole)
+    waiting = model.products if settings.training.pipeline_schedule == "zero_bubble" else None
+    return pipeline.Stage(jax.ShapeDtypeStruct(shape, model.products.dtype), forward, whole, waiting)
 
 
 def update_routing(routing, loads, config, speed):

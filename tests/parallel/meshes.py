@@ -25,6 +25,7 @@ MESHES = {
     "pipeline and expert": {"pipeline": 2, "expert": 4},
 }
 PIPELINES = ("pipeline", "pipeline and expert")
+ZERO_BUBBLE = "pipeline"
 IN_PIECES = {  # of these, and of the one device that they must equal: a dense layer, four with experts, micro-batches
     "model.num_hidden_layers": 5, "model.first_k_dense_replace": 1, "model.attention": "gqa",
     "training.batch_size": 16, "training.accumulation_steps": 4,
@@ -47,7 +48,8 @@ def run(name: str) -> dict:
     pieces = IN_PIECES if name in ("one in pieces", *PIPELINES) else {}
     rows = ROWS * (2 if pieces else 1)
     s = tiny.settings(FIELDS | pieces | {f"mesh.{axis}": size for axis, size in MESHES[name].items()}
-                      | {"model.attention_implementation": attention})
+                      | {"model.attention_implementation": attention}
+                      | ({"training.pipeline_schedule": "zero_bubble"} if name == ZERO_BUBBLE else {}))
     model, variables = tiny.model(s, experts=experts)
     model = model.clone(products=replace(model.products, mesh=make_mesh(s), expert_room=s.training.expert_room))
     state = init_state(model, s, variables)

@@ -13,12 +13,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from tests import tiny
 from tests.parallel.meshes import FIELDS, ROWS
 
 ROOT = Path(__file__).parents[2]
 HEARTBEAT = 8  # seconds: on a busy machine a process may be silent for some
 STEPS = 2
 SHAPE = FIELDS | {"mtp.num_nextn_predict_layers": 0, "model.attention_implementation": "reference"}
+MESHES = {  # of two devices: what they share, and what one device computes too
+    "experts": ({"mesh.expert": 2}, SHAPE),
+    "stages": ({"mesh.pipeline": 2, "training.pipeline_schedule": "zero_bubble"},
+               SHAPE | tiny.DENSE | {"training.accumulation_steps": 2}),
+}
 
 
 def start(*words, cache: Path, devices: int = 1, **variables: str) -> subprocess.Popen:
@@ -51,16 +57,11 @@ def of_slurm(number: int, address: str) -> dict[str, str]:
 
 
 def pair(number: int) -> dict:
-    """What process `number` of two finds: values, refusals, its share of a batch, and steps of a mesh over both."""
-    import jax
-    import numpy as np
-
+    """What process `number` of two finds: values, refusals, and steps of meshes over both."""
     from research.errors import RequestError
     from research.parallel import hosts
     from research.parallel.mesh import make_mesh
-    from research.training.step import init_state, make_train_step, shardings_of
     from research.training.stopping import StopRequests
-    from tests import tiny
 
     found = {"first": hosts.is_first(), "told": hosts.from_first(lambda: [number, "a"]), "all": hosts.from_all(number)}
 
@@ -79,14 +80,27 @@ def pair(number: int) -> dict:
     found["missing"] = refusal(lambda: hosts.agree({"config.a": 1} if number else {}, "command"))
     found["wrong"] = refusal(lambda: hosts.from_first(wrong))
 
-    s = tiny.settings(SHAPE | {"mesh.expert": 2})
-    model, variables = tiny.model(s)
-    model = model.clone(products=replace(model.products, mesh=make_mesh(s), expert_room=s.training.expert_room))
-    stop = StopRequests(hosts.Stops(model.products.mesh))
+    stop = StopRequests(hosts.Stops(make_mesh(tiny.settings(SHAPE | {"mesh.expert": 2}))))
     votes = []
     for code in (0, 143 if number else 0, 130):
         stop.code = code
         votes.append((stop.agreed(stop.asked()), stop.code))
+    return found | {"votes": votes, "steps": {name: steps(*fields) for name, fields in MESHES.items()}}
+
+
+def steps(sizes: dict, shape: dict) -> dict:
+    """This process's share of a batch, a device's of some weights, and metrics and state of steps of a mesh."""
+    import jax
+    import numpy as np
+
+    from research.parallel import hosts
+    from research.parallel.mesh import make_mesh
+    from research.training.step import init_state, make_train_step, shardings_of
+    from research.tree import paths
+
+    s = tiny.settings(shape | sizes)
+    model, variables = tiny.model(s)
+    model = model.clone(products=replace(model.products, mesh=make_mesh(s), expert_room=s.training.expert_room))
     share = hosts.Share(shardings_of(model, s).batch)
     rows = share.rows(np.arange(len(ROWS)))
     batches = [{name: x[rows] for name, x in tiny.batch(ROWS, seed=number).items()} for number in range(STEPS)]
@@ -96,9 +110,9 @@ def pair(number: int) -> dict:
         state, told = step(state, share.whole(batch))
         metrics.append({name: np.asarray(value).tolist() for name, value in told.items()})
     kept = hosts.whole({"params": state["params"], "routing": state["routing"]}, model.products.mesh)
-    return found | {"votes": votes, "rows": rows.tolist(), "metrics": metrics,
-                    "experts": state["params"]["layers"]["mlp"]["gate_proj"].addressable_shards[0].data.shape,
-                    "state": {path: x.tolist() for path, x in tiny.leaves(kept).items()}}
+    held = {path: x.addressable_shards[0].data.shape for path, x in paths(state["params"]).items()}
+    return {"rows": rows.tolist(), "metrics": metrics, "held": held,
+            "state": {path: x.tolist() for path, x in tiny.leaves(kept).items()}}
 
 
 def sends_itself(name: str, at: int) -> None:

@@ -171,9 +171,14 @@ def test_votes_are_the_largest_of_all(pair):
     assert pair[0][1]["votes"] == [[0, 0], [143, 143], [130, 130]]
 
 
-def test_steps_over_two_processes_are_those_of_one_device(pair):
-    """Experts of either process for tokens of both: loss, biases and weights after the last step, on both."""
-    s = tiny.settings(processes.SHAPE)
+@pytest.mark.parametrize("mesh, rows, matrix, held", [
+    ("experts", ([0, 1, 2, 3], [4, 5, 6, 7]), "layers/mlp/gate_proj", [1, 4, 16, 40]),
+    ("stages", 2 * ([0, 1, 2, 3, 4, 5, 6, 7],), "dense_layers/mlp/gate_proj/kernel", [1, 16, 24]),
+], ids=["experts", "stages"])
+def test_steps_over_two_processes_are_those_of_one_device(pair, mesh, rows, matrix, held):
+    """Experts of either process for tokens of both, or a stage in each: loss, biases and weights after the last step,
+    on both."""
+    s = tiny.settings(processes.MESHES[mesh][1])
     model, variables = tiny.model(s)
     state, metrics = init_state(model, s, variables), []
     step = make_train_step(model, s).lower(state, tiny.batch(ROWS)).compile({"xla_backend_optimization_level": 0})
@@ -181,9 +186,9 @@ def test_steps_over_two_processes_are_those_of_one_device(pair):
         state, told = step(state, tiny.batch(ROWS, seed=number))
         metrics.append(told)
     expected = tiny.leaves({"params": state["params"], "routing": state["routing"]})
-    assert [found["rows"] for found in pair[0]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    for found in pair[0]:
-        assert found["experts"] == [1, 4, 16, 40]
+    assert tuple(found["steps"][mesh]["rows"] for found in pair[0]) == rows
+    for found in (found["steps"][mesh] for found in pair[0]):
+        assert found["held"][matrix] == held
         for one, other in zip(metrics, found["metrics"], strict=True):
             assert one.keys() == other.keys()
             for name, value in one.items():

@@ -79,7 +79,8 @@ def test_dual_pipe_needs_even_numbers_and_enough_micro_batches(P, batches):
 @pytest.mark.parametrize("P, batches", [(1, 1), (2, 2), (2, 5), (4, 4), (4, 9)])
 def test_what_training_runs_is_in_step(P, batches):
     """Each chunk comes one tick after the neighbour's that it waits for, so that nothing that comes has to wait; the
-    ticks are together as long as 1F1B; a stage holds the inputs of 2 (P - s) - 1 micro-batches, and no more."""
+    ticks are together as long as 1F1B, with the gradients of weights apart by (P - 1) W less; a stage holds the inputs
+    of 2 (P - s) - 1 micro-batches, and no more."""
     forward, backward = schedules.in_step(P, batches)
     assert len(forward) == len(backward) == batches + 2 * (P - 1)
     at = [{(stage, batch): tick for tick, row in enumerate(table) for stage, batch in enumerate(row)
@@ -90,11 +91,19 @@ def test_what_training_runs_is_in_step(P, batches):
         assert stage == 0 or at[0][stage, batch] == at[0][stage - 1, batch] + 1
         assert stage == P - 1 or at[1][stage, batch] == at[1][stage + 1, batch] + 1
         assert at[1][stage, batch] >= at[0][stage, batch]  # within a tick forward comes first
-    F, B = schedules.COSTS.forward, schedules.COSTS.backward
-    length = sum(F * any(batch is not None for batch in row) for row in forward) + sum(
-        B * any(batch is not None for batch in row) for row in backward)
+    F, B, W, _ = schedules.COSTS
+    ticks = [sum(any(batch is not None for batch in row) for row in table)
+             for table in schedules.in_step_apart(P, batches)]
     if batches >= P:
-        assert length == batches * (F + B) + SCHEDULES["1F1B"][1](P)
+        one, two = (batches * (F + B) + SCHEDULES[name][1](P) for name in ("1F1B", "ZB1P"))
+        assert F * ticks[0] + B * ticks[1] == one
+        assert F * ticks[0] + (B - W) * ticks[1] + W * ticks[2] == (one + two) / 2
+    halves = schedules.in_step_apart(P, batches)
+    assert halves[:2] == (forward, backward)
+    weights = {batch: tick for tick, row in enumerate(halves[2]) for batch in row if batch is not None}
+    assert [set(row) - {None} for row in halves[2] if set(row) != {None}] == [{batch} for batch in range(batches)]
+    for stage, batch in at[1]:  # of all stages in one tick, in which the last of them has gone backward
+        assert weights[batch] == at[1][0, batch] == at[1][stage, batch] + stage
     for stage in range(P):
         held = [sum(at[0][stage, batch] <= tick <= at[1][stage, batch] for batch in range(batches))
                 for tick in range(len(forward))]

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,12 @@ from research import config, experiment
 from research.errors import RequestError
 from research.model.build import make_model, variable_shapes
 from research.precision import products
+from research.precision.later import Later, is_later
 from research.precision.matmul import matmul
 from research.precision.products import FEED_FORWARD, Products
 from research.precision.recipe import RECIPES
 from research.training.step import apply_model
+from research.tree import paths
 from tests import tiny
 
 QUANTISED = [name for name, recipe in RECIPES.items() if recipe.quantized]
@@ -46,6 +49,65 @@ def assert_same_bits(actual, expected):
 def differ(actual, expected) -> bool:
     return any(np.any(np.asarray(a) != np.asarray(b))
                for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True))
+
+
+class TestWaiting:
+    """Weights whose gradients are multiplied in a second pass."""
+
+    @pytest.mark.parametrize("products, name", [(BFLOAT16, "o_proj"), (DEEPSEEK, "o_proj"), (DEEPSEEK, "q_proj")])
+    def test_two_passes_find_what_one_does(self, products, name):
+        """Of two layers; of the projection after attention the recipe keeps the input otherwise."""
+        path, x, w_LDF = f"layers/{name}/kernel", normal(2, 10, D).astype(jnp.bfloat16), normal(2, D, F, seed=1)
+
+        def layers(x, w_LDF):
+            return [products.linear(x, jax.tree.map(itemgetter(layer), w_LDF), name, {}) for layer in range(2)]
+
+        def one_pass(x, w_LDF):
+            y, pull = jax.vjp(layers, x, w_LDF)
+            return y, *pull([jnp.cos(y) for y in y])
+
+        def two_passes(x, w_LDF):
+            waiting = products.with_later({"layers": {name: {"kernel": w_LDF}}}, 2, 10)["layers"][name]["kernel"]
+            y, pull = jax.vjp(layers, x, waiting)
+            dx, found = pull([jnp.cos(y) for y in y])
+            return y, dx, products.weight_gradient(path, found._replace(w=w_LDF))
+
+        assert_same_bits(jax.jit(two_passes)(x, w_LDF), jax.jit(one_pass)(x, w_LDF))
+
+    def test_nothing_is_multiplied_twice(self):
+        """Of a feed-forward network: three products, three of gradients of inputs, and in the second pass three."""
+        products = Products(RECIPES["fp8_deepseek"], ("up_proj",))  # of which none is in 8 bits
+        params = {"mlp": {name: {"kernel": normal(*((F, D) if name == "down_proj" else (D, F)))}
+                          for name in FEED_FORWARD}}
+
+        def network(x, params):
+            return products.feed_forward(x, *(params["mlp"][name]["kernel"] for name in FEED_FORWARD), {})
+
+        def first(x, params):
+            y, pull = jax.vjp(network, x, products.with_later(params, 2, 10))
+            dx, found = pull(jnp.cos(y))
+            return y, dx, {path: (z.x, z.dy) for path, z in paths(found, is_later).items()}
+
+        def second(params, operands):
+            return {path: products.weight_gradient(path, Later(w_DF, *operands[path]))
+                    for path, w_DF in paths(params).items()}
+
+        x = normal(2, 10, D).astype(jnp.bfloat16)
+        compiled = jax.jit(first).lower(x, params).compile()
+        y, dx, operands = compiled(x, params)
+        last = jax.jit(second).lower(params, operands).compile()
+        assert [program.as_text().count(" dot(") for program in (compiled, last)] == [6, 3]
+        expected = pulled(network, x, params)
+        assert_same_bits((y, dx, last(params, operands)), (*expected[:2], paths(expected[2])))
+
+    def test_what_can_wait(self):
+        """All projections; in 8 bits no feed-forward network's. Never embedding, head, norms, gate, routed experts."""
+        s = tiny.settings()
+        shapes = variable_shapes(make_model(s), s)["params"]
+        waits = {products: {path.split("/")[-2] for path in paths(shapes) if products.puts_off(path)}
+                 for products in (BFLOAT16, DEEPSEEK)}
+        attention = {"q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "eh_proj"}
+        assert waits == {BFLOAT16: attention | {*FEED_FORWARD}, DEEPSEEK: attention}
 
 
 class TestHighPrecision:

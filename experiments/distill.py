@@ -19,12 +19,12 @@ Three seeds of all arms, judged: python -m research.tables --table=r1_distill --
 Claims, written before the arms were run: distilled above reinforced (R1 v1 Table 6: 72.6 and 47.0 on AIME 2024), the
 teacher above distilled (79.8 and 72.6). Without a figure of the paper: distilled above reference and above unverified,
 more samples above fewer.
-Result (7de5567, seeds 0-2, mean and range of pass@1): teacher 62.5% (36.5-90.9), base 12.1 (10.7-12.9), reinforced 15.6
-(13.9-16.9), distilled 29.5 (27.5-30.9): above reinforced by 10.6 to 17.0 points, the paper's direction. reference 19.4
-(12.9-28.9), unverified 26.4 (19.6-33.5) and logits 32.4 (31.6-33.4): within noise of distilled. results/r1_distill.md.
-`on_policy`, 120 updates (9a19ec8, seed 0 alone, not in that table): 15.8% (13.6-18.2), base 12.3, teacher 33.7. Its 150
-updates, and on_policy.student_data_fraction below 1: not yet run.
-Cost: 8 to 12 minutes a seed on one of two cores that did other work beside it.
+Result (bf3acdc, seeds 0-2, mean and range of pass@1): teacher 87.4% (80.0-97.3), base 12.4 (11.0-13.2), reinforced 16.2
+(14.3-18.0), distilled 20.1 (16.7-21.9): above reinforced by 2.4 to 5.2 points, the paper's direction. reference 18.7
+(15.6-21.6), unverified 22.3 (20.9-23.9), logits 29.3 (18.3-35.5), on_policy 16.9 (14.8-19.3): within noise of distilled.
+results/r1_distill.md. At 7de5567, on an older machine, whose roundings gave other teachers (62.5%, 36.5-90.9), distilled
+had 29.5 (27.5-30.9), above reinforced by 10.6 to 17.0 points. on_policy.student_data_fraction below 1: not yet run.
+Cost: the first command 3 minutes on two cores of the newest machine, beside other work; all arms 5 to 7 minutes a seed.
 """
 
 from experiments import base

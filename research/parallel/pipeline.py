@@ -9,9 +9,10 @@ is neither. No stage waits longer for that than for one that has it all to do. M
 
 The schedule `zero_bubble` (2401.10241) has the same stages do less in vain. A chunk's gradients of weights depend on
 nobody's but its own: they wait until all stages have those of the micro-batch to do, and are no part of the ticks in
-which the pipeline fills and drains. Two passes for the halves of a chunk would go twice through its chain (6 forward
-chunks of work for 4); so the first keeps what the products of the second multiply (precision/later.py), and no work is
-done twice. What it costs is the memory of those operands, of S micro-batches.
+which the pipeline fills and drains. All stages do the same in a tick as before, so it holds on every mesh. Two passes
+for the halves of a chunk would go twice through its chain (6 forward chunks of work for 4); so the first keeps what the
+products of the second multiply (precision/later.py), and nothing is multiplied twice. What it costs is the memory of
+those operands, of S + 1 micro-batches, and the time to write and read them.
 """
 
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from research.errors import RequestError
 from research.model.transformer import depths
 from research.parallel import schedules
 from research.parallel.rules import is_in, placed, shared_stack
-from research.precision.later import Later, is_later
+from research.precision.later import is_later
 from research.precision.products import Products
 from research.tree import map_paths, paths
 
@@ -126,24 +127,21 @@ def gradients(stage: Stage, mesh: Mesh, params, routing, batches) -> tuple[Any, 
             (passed_BTD, loss), transpose, metrics = jax.vjp(
                 lambda params, received_BTD: whole(params, received_BTD, batch), trained, received_BTD, has_aux=True)
             gradient, d_received_BTD = transpose((carry["backward"], jnp.ones_like(loss)))
-            place = batch % S  # of no batch one that may be taken
-
-            def keep(kept, x):
-                return placed(mesh, kept.at[place].set(jnp.where(batch >= 0, x, kept[place])), *of_batch(kept))
-
-            operands = jax.tree.map(keep, carry["operands"], operands_of(gradient))
+            place = jnp.where(batch >= 0, batch % S, S)  # the one behind them is of no batch, and nobody reads it
+            operands = jax.tree.map(lambda kept, x: placed(mesh, kept.at[place].set(x), *of_batch(kept)),
+                                    carry["operands"], operands_of(gradient))
             more = jax.tree.map(lambda x, sum_: sum_ if is_later(x) else sum_ + jnp.where(batch >= 0, x, 0),
                                 (gradient, metrics), carry["sums"], is_leaf=is_later)
             return carry | {"sums": more, "backward": sent(d_received_BTD, to_last), "operands": operands}
 
         def weights(batch, carry):
-            operands, weight = jax.tree.map(lambda kept: kept[batch % S], carry["operands"]), paths(params)
+            operands, weight = carry["operands"], paths(params)
             gradient, metrics = carry["sums"]
 
             def added(path, sum_):
                 if path not in operands:
                     return sum_
-                return sum_ + stage.waiting.weight_gradient(path, Later(weight[path], *operands[path]))
+                return sum_ + stage.waiting.weight_gradient(path, weight[path], operands[path], batch % S)
 
             return carry | {"sums": (map_paths(added, gradient), metrics)}
 
@@ -162,7 +160,7 @@ def gradients(stage: Stage, mesh: Mesh, params, routing, batches) -> tuple[Any, 
             "backward": nothing,  # from the stage behind; nothing comes to the last one
             "kept": placed(mesh, jnp.zeros((places, *nothing.shape), nothing.dtype), None),
             "sums": jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (params, metrics)),
-            "operands": jax.tree.map(lambda x: jnp.zeros((S, *x.shape), x.dtype), operands_of(trained)),
+            "operands": jax.tree.map(lambda x: jnp.zeros((S + 1, *x.shape), x.dtype), operands_of(trained)),
         }
         gradient, (stacked, summed) = lax.scan(tick, carry, ticks)[0]["sums"]
 

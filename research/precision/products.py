@@ -126,15 +126,21 @@ class Products:
 
         return map_paths(waiting, params)
 
-    def weight_gradient(self, path: str, later: Later):
-        """Of the parameter at this path, alone or stacked by layers (L, ...): from its x and dy, as one pass has it."""
+    def weight_gradient(self, path: str, w, operands, at):
+        """Of the parameter w at this path, alone or stacked by layers (L, D, F), as one pass has it.
+
+        operands: x and dy, of several passes and, in a stack, of all layers (passes, L, B, T, ...); at: of which pass.
+        """
         name = path.split("/")[-2]
         product = self._float_linear if name in FEED_FORWARD else partial(self.linear, name=name, histories={})
 
-        def of_layer(later):
-            return jax.vjp(lambda w_DF: product(later.x, w_DF), later.w)[1](later.dy)[0]
+        def multiplied(w_DF, *place):
+            x, dy = (operand[place] for operand in operands)
+            return jax.vjp(lambda w_DF: product(x, w_DF), w_DF)[1](dy)[0]
 
-        return of_layer(later) if later.w.ndim == 2 else jax.lax.map(of_layer, later)
+        if w.ndim == 2:
+            return multiplied(w, at)
+        return jax.lax.map(lambda layer: multiplied(w[layer], at, layer), jnp.arange(w.shape[0]))
 
     def feed_forward(self, x, gate_DF, up_DF, down_FD, histories):
         """(silu(x gate) * (x up)) down for x (..., D), in the dtype of activations."""

@@ -140,7 +140,7 @@ def test_a_stage_holds_its_layers_what_all_hold_and_what_it_has_received():
     waits = memory.of_device(settings_of("experiments/nano.py:smoke", (
         *fields, "mesh.pipeline=2", "training.pipeline_schedule=zero_bubble")), gpu=False)
     attention, dense, shared = 64 + 40 + 32 + 128 + 64 + 64 + 64 + 96, 3 * (64 + 128), 3 * (64 + 32)
-    operands = 2 * 8 * 64 * (3 * attention + dense + 2 * shared + 128 + 64) * 4  # of three blocks and of eh_proj
+    operands = 3 * 8 * 64 * (3 * attention + dense + 2 * shared + 128 + 64) * 4  # of three blocks and of eh_proj
     assert waits["activations"] == two["activations"] + operands and waits["total"] == two["total"] + operands
 
 

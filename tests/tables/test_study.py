@@ -202,6 +202,18 @@ def test_a_difference_in_the_papers_column_is_of_figures_that_it_prints(name):
             assert {(claim.quantity, arm) for arm in (claim.arm, claim.than)} <= found.paper.keys(), claim
 
 
+def test_the_loss_free_papers_speeds_are_all_there_and_judged(tmp_path):
+    """Its Tables 3 and 4, and its figure on speeds; each arm updates as fast as its name says."""
+    found, speeds = runner.load("alf_updates").STUDY, {"1e-2", "1e-3", "1e-4"}
+    assert set(found.arms) == {"bias_alone", "sign_1e-2", "sign_1e-4"} | {
+        f"{rule}_{speed}" for rule in ("proportional", "multiplicative") for speed in speeds}
+    for run in study.plan(found, ["micro"], [0], (), tmp_path):
+        speed = run.arm.rpartition("_")[2]
+        assert run.settings.model.bias_update_speed == float("1e-3" if speed == "alone" else speed), run
+    assert {(claim.quantity, claim.arm) for claim in found.claims} == {
+        (quantity, arm) for quantity in found.quantities for arm in found.arms if arm != "bias_alone"}
+
+
 def test_a_shorter_table_goes_elsewhere_unasked():
     main.FLAGS.unparse_flags()
     main.FLAGS["folder"].value = None

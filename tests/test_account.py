@@ -1,6 +1,7 @@
 """`python -m research.account`: the contract's names and digits, what is read at a glance, what is refused."""
 
 import json
+import re
 
 import pytest
 
@@ -60,6 +61,12 @@ def test_text_is_read_at_a_glance(capsys, light):
     for words in (("total", "405,853,388,800"), ("training, causal", "2,473.22 GFLOP"), ("cache", "516,096 bytes"),
                   ("utilisation", "40.00%"), ("prints 2448",), ("quarter",), ("7.28",)):
         assert any(all(word in line for word in words) for line in out.splitlines()), words
+
+
+def test_what_v3_sends_is_said_on_average_and_at_most(capsys, light):
+    out = run(capsys, V3)[1]
+    assert re.search(r"8\.7\d\d MB +to 3\.47 other nodes on average, to 4 at most \(10\.082\)", out)
+    assert re.search(r"11\.6\d\d MB +to 4\.63 other nodes on average, to 7 at most \(17\.643\)", out)
 
 
 def test_an_account_without_terms_has_no_prices(capsys):

@@ -97,9 +97,11 @@ def text(found: dict) -> str:
     row("decode", *_flops(f["decode"]), "over a cache of T")
     row("cache", f"{found['kv_bytes_per_token']:,}", "bytes", "bfloat16")
     if sent := found["exchange_per_token"]:
-        nodes, free = sent["nodes"], sent["bytes_without_limit"]["mean"]
-        row("V3's exchange in training", f"{sent['bytes'] / 1e6:,.3f}", "MB", f"to {nodes['most']} nodes at most")
-        row("  without that limit", f"{free / 1e6:,.3f}", "MB", f"to {nodes['without_limit']['mean']:.2f} on average")
+        nodes, size = sent["nodes"], sent["bytes"]
+        for name, limit in (("V3's exchange in training", "limited"), ("  without its limit", "free")):
+            mean, most = nodes[limit]["mean"], nodes[limit]["most"]
+            row(name, f"{size[limit]['mean'] / 1e6:,.3f}", "MB",
+                f"to {mean:.2f} other nodes on average, to {most} at most ({size[limit]['most'] / 1e6:,.3f})")
     if sent := found["mesh_exchange_per_token"]:
         row("this mesh's exchange", f"{sent['bytes'] / 1e6:,.3f}", "MB", f"to {sent['devices']} devices at most")
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1) or "no mesh"

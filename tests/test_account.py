@@ -69,6 +69,16 @@ def test_what_v3_sends_is_said_on_average_and_at_most(capsys, light):
     assert re.search(r"11\.6\d\d MB +to 4\.63 other nodes on average, to 7 at most \(17\.643\)", out)
 
 
+def test_a_mesh_that_training_refuses_is_counted_and_said(capsys, light):
+    """The 58 layers with experts have two halves and no sixteenths."""
+    fields = ["--gpu=H800", "--config.mesh.expert=64", "--config.training.accumulation_steps=120",
+              "--config.training.batch_ramp_start=0", "--config.evaluation.batch_size=1024"]
+    refused, taken = (run(capsys, V3, *fields, f"--config.mesh.{stages}")[1] for stages in (
+        "pipeline=16", "pipeline=2"))
+    line = "  training refuses this mesh: config.mesh.pipeline=16 does not divide the 58 layers with experts; "
+    assert any(found.startswith(line) for found in refused.splitlines()) and "refuses" not in taken
+
+
 def test_an_account_without_terms_has_no_prices(capsys):
     found = json.loads(run(capsys, NANO, "--format=json")[1])
     assert found["gpu_hours"] is found["dollars"] is found["dollars_per_million_tokens"] is None

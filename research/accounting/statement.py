@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from research.accounting import cost, exchange, flops, memory, parameters
 from research.accounting.published import NOTES
+from research.accounting.request import refusal
 from research.decoding.cache import bytes_per_token
 from research.model.build import make_model
 
@@ -50,6 +51,7 @@ def account(settings, name: str, terms: Terms) -> dict:
         "rows_at_once": t.batch_size // t.accumulation_steps // (
             settings.mesh.data * settings.mesh.fsdp * settings.mesh.expert),
         "mesh": dict(settings.mesh),
+        "refused": refusal(settings),
         "recipe": settings.precision.recipe,
         "arithmetic_intensity": {  # FLOPs a byte; in training all that is held is written and read once for each piece
             **{f"decode_batch_{batch}": cost.decode_intensity(settings, cache, batch) for batch in BATCHES},
@@ -112,6 +114,8 @@ def text(found: dict) -> str:
             "gradients": "" if found["pieces"] > 1 else "in the place of activations, as they are made",
             "activations": f"rows of T at once: {found['rows_at_once']:,}",
             "total": f"{number / most:.1%} of {most / 1e9:.0f} GB" if most else ""}.get(name, ""))
+    if found["refused"]:
+        lines.append(f"  training refuses this mesh: {found['refused']}")
     if not most and found["recipe"] == "bfloat16":
         lines.append("  (a CPU multiplies 16 bits through float32 copies: counted as float32)")
     elif not most and found["recipe"] != "float32":

@@ -183,7 +183,8 @@ def test_a_cluster_by_hand(results):
     assert rows[f"{name}, step with that"]["ours"] == pytest.approx(sent / 50e9 * (1 + idle), rel=2e-3)
     assert rows[f"{name}, bound of a step"]["ours"] == pytest.approx(products * (1 + idle), rel=1e-3)
     assert [row["how"] for row in rows.values() if row["unit"] == "GB a GPU"] == [
-        "fits", *2 * ("does not fit into 80 GB",)]
+        "fits; training here refuses this mesh", *2 * ("does not fit into 80 GB; training here refuses this mesh",),
+        "fits; training here takes this mesh"]
 
 
 def test_redundant_experts_by_hand(results):

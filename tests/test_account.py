@@ -63,6 +63,26 @@ def test_text_is_read_at_a_glance(capsys, light):
         assert any(all(word in line for word in words) for line in out.splitlines()), words
 
 
+def test_notes_name_the_length_of_their_figures():
+    """Such as hold at any T have no GFLOP in them."""
+    from research.accounting.published import NOTES
+
+    of_flops = [note for _, notes in NOTES.values() for note in notes if "GFLOP" in note]
+    assert len(of_flops) == 3 and all("T = 4,096" in note for note in of_flops)
+
+
+def test_the_active_weights_of_v3s_multi_token_module_are_those_of_its_note(capsys, light):
+    """By the account: the module's own but for 248 of 256 experts, and embedding and head."""
+    found = json.loads(run(capsys, V3, "--format=json")[1])
+    parts, projection = found["parameters"]["by_part"], 2 * 7168**2
+    idle = parts["routed experts"] // 58 * 248 // 256
+    active = found["parameters"]["mtp"] - idle + parts["embedding"] + parts["head"]
+    (note,) = (note for note in found["notes"] if note.startswith("multi-token module"))
+    for number in (active, active - projection):
+        assert f"{number / 1e9:.2f}B" in note
+    assert "2.4B active" in note
+
+
 def test_what_v3_sends_is_said_on_average_and_at_most(capsys, light):
     out = run(capsys, V3)[1]
     assert re.search(r"8\.7\d\d MB +to 3\.47 other nodes on average, to 4 at most \(10\.082\)", out)

@@ -63,6 +63,27 @@ def test_text_is_read_at_a_glance(capsys, light):
         assert any(all(word in line for word in words) for line in out.splitlines()), words
 
 
+def test_of_kernels_that_do_not_run_here_nothing_is_said(monkeypatch):
+    """E5M6 is written by plain XLA on a GPU: there a run says so, on a CPU an account of it does not."""
+    from kernels import choice
+
+    lines = []
+    monkeypatch.setattr(choice, "say_once", lines.append)
+    with choice.meant_for_h200():
+        for backend in ("cpu", "gpu"):
+            monkeypatch.setattr("jax.default_backend", lambda backend=backend: backend)
+            assert choice.choose("quantize", "auto", "they write E4M3, not E5M6") == "xla"
+            assert len(lines) == (backend == "gpu")
+
+
+@pytest.mark.parametrize("tokens, said", [
+    ("14.8e12", "14.8T"), ("8.62e9", "8.62B"), ("5e6", "5M"), ("51200", "51,200")])
+def test_tokens_are_said_in_a_unit_that_fits(capsys, monkeypatch, tokens, said):
+    monkeypatch.setattr("research.accounting.memory.of_device", lambda settings, gpu: {"total": 10**6})
+    out = run(capsys, NANO, "--tokens_per_second=1000", f"--tokens={tokens}")[1]
+    assert f"\ntraining {said} tokens\n" in out
+
+
 def test_notes_name_the_length_of_their_figures():
     """Such as hold at any T have no GFLOP in them."""
     from research.accounting.published import NOTES

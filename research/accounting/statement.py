@@ -125,7 +125,7 @@ def text(found: dict) -> str:
         if value is not None:
             row(name.replace("_", " "), f"{value:,.1f}", "", "peak over bandwidth" if name == "device" else "")
     if found["tokens_per_second"]:
-        group(f"training {found['tokens'] / 1e12:,.6g}T tokens")
+        group(f"training {_tokens(found['tokens'])} tokens")
         row("speed", f"{found['tokens_per_second']:,.1f}", "tokens/s", "a GPU")
         if found["mfu"]:
             row("utilisation, causal", f"{found['mfu']:.2%}", "", "of the bfloat16 peak")
@@ -139,6 +139,14 @@ def text(found: dict) -> str:
         group("where sources differ")
         lines.extend(textwrap.fill(note, 110, initial_indent="  ", subsequent_indent="    ") for note in found["notes"])
     return "\n".join(lines)
+
+
+def _tokens(number: float) -> str:
+    """As papers write them: 14.8T, 8.62B, 204,800."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:,.6g}{unit}"
+    return f"{number:,.0f}"
 
 
 def _flops(number: float) -> tuple[str, str]:

@@ -17,9 +17,9 @@ SWEEP = {
     **{f"sign_{speed}": {"model.balance_loss": "none", "model.bias_update_speed": float(speed)}
        for speed in ("1e-4", "1e-2")},
     **{f"proportional_{speed}": {"model.balance_loss": "none", "model.bias_update_speed": float(speed),
-                                 "model.bias_update": "proportional"} for speed in ("1e-2", "1e-3")},
+                                 "model.bias_update": "proportional"} for speed in ("1e-2", "1e-3", "1e-4")},
     **{f"multiplicative_{speed}": {"model.balance_loss": "none", "model.bias_update_speed": float(speed),
-                                   "model.bias_form": "multiplicative"} for speed in ("1e-2", "1e-3")},
+                                   "model.bias_form": "multiplicative"} for speed in ("1e-2", "1e-3", "1e-4")},
     "sequence_loss": {"model.bias_update": "none", "model.aux_loss_alpha": 1e-3},
     "batch_loss": {"model.bias_update": "none", "model.balance_loss": "batch", "model.aux_loss_alpha": 1e-3},
     "nothing": {"model.bias_update": "none", "model.balance_loss": "none"},

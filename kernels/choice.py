@@ -57,7 +57,7 @@ def choose(operation: str, implementation: str, refusal: str | None) -> str:
         return "mosaic"
     if implementation == "mosaic":
         raise Unavailable(operation, implementation, reason)
-    if platform() == "gpu":
+    if platform() == jax.default_backend() == "gpu":  # traced for one elsewhere, nothing runs
         say_once(f"{operation}: plain XLA instead of the Pallas kernel: {reason}")
     return "xla"
 

@@ -90,16 +90,17 @@ def text(found: dict) -> str:
     """The lines of the command."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1)
     held = {name: size for name, size in found["held"].items() if size > 1e-3 * max(found["held"].values())}
+    one, unit = (1e9, "GB") if sum(found["held"].values()) >= 1e9 else (1e6, "MB")
     return "\n".join((
         f"{found['devices']:,} H200{f': {mesh}' if mesh else ''}",
         f"program     {found['lines']:,} lines of StableHLO, "
         + ", ".join(f"{name} in {seconds:.0f} s" for name, seconds in found["seconds"].items()),
         f"kernels     {found['kernels']['in_text']} of our own in it, {found['kernels']['different']} different",
         "exchanges   " + (", ".join(f"{n} {name}" for name, n in sorted(found["exchanges"].items())) or "none"),
-        "a device    " + ", ".join(f"{name} {size / 1e9:,.1f} GB" for name, size in held.items())
-        + f": {sum(found['held'].values()) / 1e9:,.1f} GB of the state",
-        f"            {found['account'] / 1e9:,.1f} GB in training, by the account"
-        + (f"; {found['taken'] / 1e9:,.1f} GB by the compiler" if found["taken"] else ""),
+        "a device    " + ", ".join(f"{name} {size / one:,.1f} {unit}" for name, size in held.items())
+        + f": {sum(found['held'].values()) / one:,.1f} {unit} of the state",
+        f"            {found['account'] / one:,.1f} {unit} in training, by the account"
+        + (f"; {found['taken'] / one:,.1f} {unit} by the compiler" if found["taken"] else ""),
     ))
 
 

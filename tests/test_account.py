@@ -1,6 +1,7 @@
 """`python -m research.account`: the contract's names and digits, what is read at a glance, what is refused."""
 
 import json
+import re
 
 import pytest
 
@@ -60,6 +61,63 @@ def test_text_is_read_at_a_glance(capsys, light):
     for words in (("total", "405,853,388,800"), ("training, causal", "2,473.22 GFLOP"), ("cache", "516,096 bytes"),
                   ("utilisation", "40.00%"), ("prints 2448",), ("quarter",), ("7.28",)):
         assert any(all(word in line for word in words) for line in out.splitlines()), words
+
+
+def test_of_kernels_that_do_not_run_here_nothing_is_said(monkeypatch):
+    """E5M6 is written by plain XLA on a GPU: there a run says so, on a CPU an account of it does not."""
+    from kernels import choice
+
+    lines = []
+    monkeypatch.setattr(choice, "say_once", lines.append)
+    with choice.meant_for_h200():
+        for backend in ("cpu", "gpu"):
+            monkeypatch.setattr("jax.default_backend", lambda backend=backend: backend)
+            assert choice.choose("quantize", "auto", "they write E4M3, not E5M6") == "xla"
+            assert len(lines) == (backend == "gpu")
+
+
+@pytest.mark.parametrize("tokens, said", [
+    ("14.8e12", "14.8T"), ("8.62e9", "8.62B"), ("5e6", "5M"), ("51200", "51,200")])
+def test_tokens_are_said_in_a_unit_that_fits(capsys, monkeypatch, tokens, said):
+    monkeypatch.setattr("research.accounting.memory.of_device", lambda settings, gpu: {"total": 10**6})
+    out = run(capsys, NANO, "--tokens_per_second=1000", f"--tokens={tokens}")[1]
+    assert f"\ntraining {said} tokens\n" in out
+
+
+def test_notes_name_the_length_of_their_figures():
+    """Such as hold at any T have no GFLOP in them."""
+    from research.accounting.published import NOTES
+
+    of_flops = [note for _, notes in NOTES.values() for note in notes if "GFLOP" in note]
+    assert len(of_flops) == 3 and all("T = 4,096" in note for note in of_flops)
+
+
+def test_the_active_weights_of_v3s_multi_token_module_are_those_of_its_note(capsys, light):
+    """By the account: the module's own but for 248 of 256 experts, and embedding and head."""
+    found = json.loads(run(capsys, V3, "--format=json")[1])
+    parts, projection = found["parameters"]["by_part"], 2 * 7168**2
+    idle = parts["routed experts"] // 58 * 248 // 256
+    active = found["parameters"]["mtp"] - idle + parts["embedding"] + parts["head"]
+    (note,) = (note for note in found["notes"] if note.startswith("multi-token module"))
+    for number in (active, active - projection):
+        assert f"{number / 1e9:.2f}B" in note
+    assert "2.4B active" in note
+
+
+def test_what_v3_sends_is_said_on_average_and_at_most(capsys, light):
+    out = run(capsys, V3)[1]
+    assert re.search(r"8\.7\d\d MB +to 3\.47 other nodes on average, to 4 at most \(10\.082\)", out)
+    assert re.search(r"11\.6\d\d MB +to 4\.63 other nodes on average, to 7 at most \(17\.643\)", out)
+
+
+def test_a_mesh_that_training_refuses_is_counted_and_said(capsys, light):
+    """The 58 layers with experts have two halves and no sixteenths."""
+    fields = ["--gpu=H800", "--config.mesh.expert=64", "--config.training.accumulation_steps=120",
+              "--config.training.batch_ramp_start=0", "--config.evaluation.batch_size=1024"]
+    refused, taken = (run(capsys, V3, *fields, f"--config.mesh.{stages}")[1] for stages in (
+        "pipeline=16", "pipeline=2"))
+    line = "  training refuses this mesh: config.mesh.pipeline=16 does not divide the 58 layers with experts; "
+    assert any(found.startswith(line) for found in refused.splitlines()) and "refuses" not in taken
 
 
 def test_an_account_without_terms_has_no_prices(capsys):

@@ -1,27 +1,33 @@
 """What V3's expert parallelism sends from node to node, and what node-limited routing saves of it (V3 §2.1.2, §3.2.2).
 
 A group of its gate is a node: the group's experts lie on that node's devices, and a token crosses the network once for
-each node that holds any of its experts (from there on NVLink carries it), in FP8. Its own node, which costs nothing, is
-counted; the multi-token module's layer is not. Training here (parallel/experts.py) sends it once for each device, in
-the bits of its recipe: `of_mesh`.
+each other node that holds any of its experts (from there on NVLink carries it), in FP8. Its own node costs nothing; the
+multi-token module's layer is not counted. Training here (parallel/experts.py) sends it once for each device, in the
+bits of its recipe: `of_mesh`.
 """
 
 import math
 
 import jax
+import jax.numpy as jnp
 
+from research.model import moe
 from research.model.build import make_model
 
 THERE, BACK = 1 + 4 / 128, 2  # bytes of an entry: FP8 with a float32 scale for 128, and bfloat16 (V3 §3.3)
+DRAWS = 4096  # of tokens: the mean is right to a thousandth
 
 
-def nodes_a_token(model) -> dict[str, float]:
-    """To how many of the `n_group` nodes a token goes: `most` as it is routed, `without_limit` if its K experts could
-    lie anywhere: the `most` of that, and the `mean` where any K of the E experts are as likely as any others."""
+def other_nodes(model) -> dict[str, dict[str, float]]:
+    """To how many of the `n_group` nodes besides its own a token goes: `limited` as the gate chooses, to `topk_group`
+    of them, and `free`, with its K experts anywhere. The `most` that any router can send it to, and the `mean` of a
+    random one: affinities are independent, limited drawn, and its own node is any."""
     E, K, G = model.n_routed_experts, model.num_experts_per_tok, model.n_group
-    missed = math.comb(E - E // G, K) / math.comb(E, K)  # the chance that a node has none of them
-    return {"most": min(model.topk_group, K),
-            "without_limit": {"most": min(G, K), "mean": G * (1 - missed)}}
+    affinity_XE = jax.nn.sigmoid(jax.random.normal(jax.random.key(0), (DRAWS, E)))
+    chosen = moe.groups_reached(moe.choose_experts(affinity_XE, None, model), model)
+    missed = math.comb(E - E // G, K) / math.comb(E, K)  # the chance that a node has none of any K experts
+    return {limit: {"most": min(nodes, K, G - 1), "mean": reached * (1 - 1 / G)} for limit, nodes, reached in (
+        ("limited", model.topk_group, float(jnp.mean(chosen))), ("free", G, G * (1 - missed)))}
 
 
 def bytes_a_token(model, nodes: float) -> float:
@@ -31,13 +37,14 @@ def bytes_a_token(model, nodes: float) -> float:
 
 
 def account(model) -> dict:
-    """`nodes_a_token`, and the bytes that the main model's layers make a token send in training; {} for another gate
-    than V3's (V2's groups are devices), or where it knows no groups."""
+    """`nodes`: `other_nodes`; `bytes`, alike: that the main model's layers make a token send in training; {} for
+    another gate than V3's (V2's groups are devices), or where it knows no groups."""
     if not model.n_routed_experts or model.topk_method != "noaux_tc" or model.n_group == 1:
         return {}
-    nodes, layers = nodes_a_token(model), model.num_hidden_layers - model.first_k_dense_replace
-    return {"nodes": nodes, "bytes": layers * bytes_a_token(model, nodes["most"]), "bytes_without_limit": {
-        name: layers * bytes_a_token(model, number) for name, number in nodes["without_limit"].items()}}
+    nodes, layers = other_nodes(model), model.num_hidden_layers - model.first_k_dense_replace
+    return {"nodes": nodes, "bytes": {
+        limit: {name: layers * bytes_a_token(model, number) for name, number in of.items()}
+        for limit, of in nodes.items()}}
 
 
 def of_mesh(settings) -> dict:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from research.accounting import cost, exchange, flops, memory, parameters
 from research.accounting.published import NOTES
+from research.accounting.request import refusal
 from research.decoding.cache import bytes_per_token
 from research.model.build import make_model
 
@@ -50,6 +51,7 @@ def account(settings, name: str, terms: Terms) -> dict:
         "rows_at_once": t.batch_size // t.accumulation_steps // (
             settings.mesh.data * settings.mesh.fsdp * settings.mesh.expert),
         "mesh": dict(settings.mesh),
+        "refused": refusal(settings),
         "recipe": settings.precision.recipe,
         "arithmetic_intensity": {  # FLOPs a byte; in training all that is held is written and read once for each piece
             **{f"decode_batch_{batch}": cost.decode_intensity(settings, cache, batch) for batch in BATCHES},
@@ -97,9 +99,11 @@ def text(found: dict) -> str:
     row("decode", *_flops(f["decode"]), "over a cache of T")
     row("cache", f"{found['kv_bytes_per_token']:,}", "bytes", "bfloat16")
     if sent := found["exchange_per_token"]:
-        nodes, free = sent["nodes"], sent["bytes_without_limit"]["mean"]
-        row("V3's exchange in training", f"{sent['bytes'] / 1e6:,.3f}", "MB", f"to {nodes['most']} nodes at most")
-        row("  without that limit", f"{free / 1e6:,.3f}", "MB", f"to {nodes['without_limit']['mean']:.2f} on average")
+        nodes, size = sent["nodes"], sent["bytes"]
+        for name, limit in (("V3's exchange in training", "limited"), ("  without its limit", "free")):
+            mean, most = nodes[limit]["mean"], nodes[limit]["most"]
+            row(name, f"{size[limit]['mean'] / 1e6:,.3f}", "MB",
+                f"to {mean:.2f} other nodes on average, to {most} at most ({size[limit]['most'] / 1e6:,.3f})")
     if sent := found["mesh_exchange_per_token"]:
         row("this mesh's exchange", f"{sent['bytes'] / 1e6:,.3f}", "MB", f"to {sent['devices']} devices at most")
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1) or "no mesh"
@@ -110,6 +114,8 @@ def text(found: dict) -> str:
             "gradients": "" if found["pieces"] > 1 else "in the place of activations, as they are made",
             "activations": f"rows of T at once: {found['rows_at_once']:,}",
             "total": f"{number / most:.1%} of {most / 1e9:.0f} GB" if most else ""}.get(name, ""))
+    if found["refused"]:
+        lines.append(f"  training refuses this mesh: {found['refused']}")
     if not most and found["recipe"] == "bfloat16":
         lines.append("  (a CPU multiplies 16 bits through float32 copies: counted as float32)")
     elif not most and found["recipe"] != "float32":
@@ -119,7 +125,7 @@ def text(found: dict) -> str:
         if value is not None:
             row(name.replace("_", " "), f"{value:,.1f}", "", "peak over bandwidth" if name == "device" else "")
     if found["tokens_per_second"]:
-        group(f"training {found['tokens'] / 1e12:,.6g}T tokens")
+        group(f"training {_tokens(found['tokens'])} tokens")
         row("speed", f"{found['tokens_per_second']:,.1f}", "tokens/s", "a GPU")
         if found["mfu"]:
             row("utilisation, causal", f"{found['mfu']:.2%}", "", "of the bfloat16 peak")
@@ -133,6 +139,14 @@ def text(found: dict) -> str:
         group("where sources differ")
         lines.extend(textwrap.fill(note, 110, initial_indent="  ", subsequent_indent="    ") for note in found["notes"])
     return "\n".join(lines)
+
+
+def _tokens(number: float) -> str:
+    """As papers write them: 14.8T, 8.62B, 204,800."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:,.6g}{unit}"
+    return f"{number:,.0f}"
 
 
 def _flops(number: float) -> tuple[str, str]:

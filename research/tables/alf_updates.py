@@ -3,7 +3,7 @@
 import math
 
 from research.tables.judgement import draw
-from research.tables.study import Claim, Study
+from research.tables.study import HIGHER, Claim, Study
 
 __all__ = ["draw"]
 
@@ -17,13 +17,15 @@ NOTES = (
 )
 NATS, VIO, SIGN = "validation loss", "MaxVio", "bias_alone"
 ARMS = {SIGN: (9.50, 0.044), "sign_1e-4": None, "sign_1e-2": None, "proportional_1e-2": (9.53, 0.028),
-        "proportional_1e-3": (9.51, 0.036), "multiplicative_1e-2": (9.52, 0.041), "multiplicative_1e-3": (9.52, 0.036)}
+        "proportional_1e-3": (9.51, 0.036), "proportional_1e-4": (9.51, 0.040), "multiplicative_1e-2": (9.52, 0.041),
+        "multiplicative_1e-3": (9.52, 0.036), "multiplicative_1e-4": (9.54, 0.048)}
 STUDY = Study(
     "balance", tuple(ARMS), (NATS, VIO),
-    (*(Claim(NATS, arm, SIGN, math.log(figures[0] / 9.50) if figures else 0.0003,
+    (*(Claim(NATS, arm, SIGN, math.log(figures[0] / 9.50) if figures else HIGHER,
              f"{figures[0]} over 9.50" if figures else "a curve above that of 1e-3, not printed")
        for arm, figures in ARMS.items() if arm != SIGN),
-     *(Claim(VIO, arm, SIGN, figures[1] - 0.044, f"{figures[1]} for 0.044")
-       for arm, figures in ARMS.items() if figures and arm != SIGN)),
+     *(Claim(VIO, arm, SIGN, figures[1] - 0.044 if figures else HIGHER,
+             f"{figures[1]:.3f} for 0.044" if figures else "a curve above that of 1e-3, not printed")
+       for arm, figures in ARMS.items() if arm != SIGN)),
     {(quantity, arm): value for arm, figures in ARMS.items() if figures
      for quantity, value in ((NATS, math.log(figures[0])), (VIO, figures[1]))})

@@ -43,8 +43,9 @@ def verdict(paired: list[float], paper: float | None) -> str:
     """Whether the differences of the seeds have the paper's direction, by a paired t-test at 95%.
 
     The interval holds 0: within noise. Beyond it on the paper's side: reproduced. On the other side, or on any where
-    the paper has both equal: not reproduced. Where the paper says nothing: higher or lower. One seed has no interval.
-    Where one arm's loss is infinite in every seed and the other's in none, that is the difference; else `diverged`.
+    the paper has both equal (0 or EQUAL): not reproduced. Where the paper says nothing: higher or lower. One seed has
+    no interval. Where one arm's loss is infinite in every seed and the other's in none, that is the difference; else
+    `diverged`.
     """
     if len(paired) < 2:
         return ONE

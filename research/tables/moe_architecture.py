@@ -8,9 +8,10 @@ __all__ = ["draw"]
 TITLE = "Experts: how many, how fine, how many shared"
 SOURCE = "DeepSeekMoE (2401.06066) Table 1 (Pile loss at 2.0B), §4.4 and Figures 3, 6"
 NOTES = (
-    "Where the paper only plots an order, it stands here as 1 and -1. Figure 3 orders benchmarks' normalised scores.",
+    "Where the paper only plots an order, only its side is judged. Figure 3 orders benchmarks' normalised scores.",
     "`fine_4_disabled` is fine_4 without its shared expert and with one more routed one, not trained further.",
-    "Not here: a trained model without its best routed experts (Figure 4).",
+    "Not here: a trained model without its best routed experts (Figure 4), or with fewer active ones (Figure 5, where "
+    "4 reach GShard's loss).",
 )
 NATS = "validation loss"
 FINE, HALF, DISABLED = "fine_4", "half", "fine_4_disabled"

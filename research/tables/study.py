@@ -30,13 +30,13 @@ SIZES = {"cpu": ("micro", "mini"), "gpu": ("gpu",)}  # of experiments/nano.py
 LOSSES = ("validation loss", "bits per byte")  # of a diverged run they are beyond any other
 
 
-HIGHER, LOWER = math.inf, -math.inf
+HIGHER, LOWER, EQUAL = math.inf, -math.inf, math.nan
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A direction of the paper: the figure of `arm` less that of `than`; 0 where equal, None where it has none, HIGHER
-    or LOWER where it tells the side and prints no figure."""
+    """A direction of the paper: the figure of `arm` less that of `than`; None where it has none, and HIGHER, LOWER or
+    EQUAL where it tells the side and prints no figures."""
 
     quantity: str
     arm: str

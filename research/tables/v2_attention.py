@@ -9,7 +9,7 @@ TITLE = "Kinds of attention at equal size"
 SOURCE = "DeepSeek-V2 (2405.04434) Tables 8 (7B, dense: MQA, GQA with 8 groups, MHA) and 9 (MHA, MLA): benchmarks"
 NOTES = (
     "The paper compares answers (BBH 33.2, 35.6 and 37.0 for MQA, GQA and MHA; 37.9 for MHA and 39.0 for MLA), which "
-    "models of this size cannot give: only the directions of its differences stand here, as 1 and -1.",
+    "models of this size cannot give: only the directions of its differences are judged.",
 )
 BPB, BYTES = "bits per byte", "bytes of cache a token"
 STUDY = Study(

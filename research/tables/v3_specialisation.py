@@ -17,7 +17,7 @@ from research.tables.study import HIGHER, Claim, Run, Study
 TITLE = "Experts' load by domain of text"
 SOURCE = "DeepSeek-V3 (2412.19437) §4.5.3, Figure 9: relative load on the Pile's domains at 15.7B, two layers"
 NOTES = (
-    "The paper shows loads and says that loss-free experts specialise more: an order, here 1. The figure of ours: the "
+    "The paper shows loads and says that loss-free experts specialise more: an order. The figure of ours: the "
     "share of a domain's load that lies on other experts than that of all held-out text, mean of layers and domains.",
     "A domain is a package of the standard library, or a module of none, among the held-out files: the one the text is "
     "from says little of what it is about. The models are those of v3_balance.",

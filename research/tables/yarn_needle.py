@@ -8,7 +8,7 @@ from research.data.needles import VALUES, Needles
 from research.data.packing import Stream
 from research.tables import study
 from research.tables.readings import Reading
-from research.tables.study import HIGHER, Claim, Run, Study
+from research.tables.study import EQUAL, HIGHER, Claim, Run, Study
 
 TITLE = "Needles in contexts of up to four trained lengths"
 SOURCE = "DeepSeek-V3 (2412.19437) §4.3 and Figure 8: 4K to 32K to 128K; YaRN (2309.00071)"
@@ -16,9 +16,9 @@ NOTES = (
     "`base` is trained on rows of T tokens; `half` and `extended` go on from it with YaRN on rows of 2 T, then 4 T; "
     "`plain_half` and `plain` do the same without YaRN; `untrained` is base's weights under YaRN. T is 64 at micro, "
     "128 at mini.",
-    "Figure 8 shows V3 after instruction tuning finding its needles at all depths up to 128K, and no other model: its "
-    "order stands here as 1, and 0 where nothing is to be lost. That plain models fail beyond their length is YaRN's "
-    "premise.",
+    "Figure 8 shows V3 after instruction tuning finding its needles at all depths up to 128K, and no other model: only "
+    "its directions are judged here, one of them that nothing is lost. That plain models fail beyond their length is "
+    "YaRN's premise.",
     "Ours is the needle: `# key a B` in held-out source text, whose key the end names; it is found if the likeliest "
     f"token is the right one of {len(VALUES)} letters. Every training row is text hiding up to ten; their values are "
     "its only targets: such a model does not continue text. Each phase has rows of its own length, so base has seen no "
@@ -37,7 +37,7 @@ STUDY = Study(
      Claim(FOUR, EXTENDED, PLAIN, None, "no figure in the paper"),
      Claim(FOUR, EXTENDED, "half", None, "no figure in the paper"),
      Claim(FOUR, UNTRAINED, BASE, None, "no figure in the paper"),
-     Claim(ONCE, EXTENDED, BASE, 0.0, "Figure 8: nothing is lost")),
+     Claim(ONCE, EXTENDED, BASE, EQUAL, "Figure 8: nothing is lost")),
     starts=STARTS, untrained=(UNTRAINED,))
 
 

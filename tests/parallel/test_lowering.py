@@ -73,6 +73,9 @@ def test_what_is_printed_and_refused(capsys, monkeypatch):
     assert exit_code(lowering, NANO, "--compile") == 0
     out = capsys.readouterr().out
     assert ", compiled in 70 s\n" in out and "by the account; 171.0 GB by the compiler\n" in out
+    given["held"], given["account"] = {"params": 3e6, "step": 4}, 20e6
+    assert exit_code(lowering, NANO) == 0
+    assert "params 3.0 MB: 3.0 MB of the state\n            20.0 MB in training" in capsys.readouterr().out
     monkeypatch.undo()
     monkeypatch.chdir(runs.ROOT)
     for fields, said in (("mesh.expert=3",), "config.training.batch_size="), (

@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from research import summary
+from research.accounting import exchange
 from research.errors import RequestError
 from research.model.build import make_model
 from research.parallel import experts
@@ -142,7 +143,8 @@ def test_experts_stay_where_they_are(found):
 def test_the_exchange_sends_what_it_must(found):
     """Bytes of a step that one of 8 devices gives to the first round of the exchange: of each of two layers a row for
     each of its tokens and devices, whether it goes, there with a choice and its gate value, back, and the gradients but
-    for the choice. Further rounds, where a device may lack room, are loops."""
+    for the choice. The account counts these bytes without choices and gate values. Further rounds, where a device may
+    lack room, are loops."""
     def exchanges(mesh):
         return re.findall(r"= (\([^\n]*?\)|\S+) all-to-all\([^\n]*?op_name=\"([^\"]*)\"", found[mesh]["program"])
 
@@ -151,6 +153,9 @@ def test_the_exchange_sends_what_it_must(found):
                for kind, sizes in re.findall(r"(\w+)\[([\d,]+)\]", shapes))
     tokens, width, layers = max(map(sum, ROWS)), 16, 2
     assert sent == layers * 8 * tokens * (1 + 4 * (4 * width + 3))
+    s = tiny.settings(FIELDS | {"mesh.expert": 8})
+    counted = exchange.of_mesh(s)  # of the main model's layer, and of the devices that a token's two experts lie on
+    assert sent == layers * tokens * (8 // counted["devices"] * counted["bytes"] + 8 * (1 + 4 * 3))
     for mesh in ("expert", "tensor and expert", "pipeline and expert"):
         assert any(re.search("shard_map/(.*/)?while/", name) for _, name in exchanges(mesh)), mesh
 

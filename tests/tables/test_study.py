@@ -13,7 +13,7 @@ from research.errors import Diverged, RequestError, RunError
 from research.tables import __main__ as main
 from research.tables import judgement, runner, study
 from research.tables.judgement import NOISE, NOT, ONE, REPRODUCED
-from research.tables.study import HIGHER, LOWER, Claim, Study
+from research.tables.study import EQUAL, HIGHER, LOWER, Claim, Study
 from research.training import loop
 from tests.tables.test_tables import PNG
 from tests.tables.test_tables import run as answer
@@ -94,7 +94,8 @@ def test_a_stopped_run_is_gone_on_with_and_a_failed_one_is_named(tmp_path, monke
     ([0.02, 0.021, 0.019], 0.0, NOT), ([0.02, -0.03, 0.01], 0.0, NOISE),
     ([0.02, 0.021, 0.019], None, "higher"), ([-0.02, -0.021, -0.019], None, "lower"), ([0.02, -0.02], None, NOISE),
     ([0.02, 0.021, 0.019], HIGHER, REPRODUCED), (3 * [math.inf], HIGHER, REPRODUCED), (3 * [math.inf], LOWER, NOT),
-    ([0.02, 0.021, 0.019], LOWER, NOT), ([0.02, -0.02], LOWER, NOISE),
+    ([0.02, 0.021, 0.019], LOWER, NOT), ([0.02, -0.02], LOWER, NOISE), ([0.02, 0.021, 0.019], EQUAL, NOT),
+    ([-0.02, -0.021, -0.019], EQUAL, NOT), ([0.02, -0.02], EQUAL, NOISE), (3 * [math.inf], EQUAL, NOT),
     ([0.02], 0.01, ONE), (3 * [math.inf], 1.0, REPRODUCED), (3 * [math.inf], -0.01, NOT),
     (3 * [-math.inf], None, "lower"),
     ([0.02, math.inf, 0.02], 1.0, judgement.DIVERGED), ([math.nan, math.inf, math.inf], 1.0, judgement.DIVERGED),
@@ -191,6 +192,26 @@ def test_every_table_can_be_trained_judged_and_shown(name, tmp_path, monkeypatch
     assert "## cpu" in page and f"Not yet run: `python -m research.tables --table={name} --scale=gpu`" in page
     assert "micro: " in page and "mini: " in page and " to " in page and "some EPYC" in page
     assert (folder / f"{name}.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("name", [name for name in runner.names() if hasattr(runner.load(name), "STUDY")])
+def test_a_difference_in_the_papers_column_is_of_figures_that_it_prints(name):
+    found = runner.load(name).STUDY
+    for claim in found.claims:
+        if claim.paper is not None and math.isfinite(claim.paper):
+            assert {(claim.quantity, arm) for arm in (claim.arm, claim.than)} <= found.paper.keys(), claim
+
+
+def test_the_loss_free_papers_speeds_are_all_there_and_judged(tmp_path):
+    """Its Tables 3 and 4, and its figure on speeds; each arm updates as fast as its name says."""
+    found, speeds = runner.load("alf_updates").STUDY, {"1e-2", "1e-3", "1e-4"}
+    assert set(found.arms) == {"bias_alone", "sign_1e-2", "sign_1e-4"} | {
+        f"{rule}_{speed}" for rule in ("proportional", "multiplicative") for speed in speeds}
+    for run in study.plan(found, ["micro"], [0], (), tmp_path):
+        speed = run.arm.rpartition("_")[2]
+        assert run.settings.model.bias_update_speed == float("1e-3" if speed == "alone" else speed), run
+    assert {(claim.quantity, claim.arm) for claim in found.claims} == {
+        (quantity, arm) for quantity in found.quantities for arm in found.arms if arm != "bias_alone"}
 
 
 def test_a_shorter_table_goes_elsewhere_unasked():

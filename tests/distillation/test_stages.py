@@ -142,6 +142,36 @@ def test_what_is_done_is_not_done_again(whole, copy, monkeypatch):
     assert [name for name in before if before[name] != after[name]] in ([], ["report.md"])
 
 
+def test_a_report_tells_what_was_used_and_not_what_was_asked_for_later(copy, caplog):
+    for stage, name, value, was in (("evaluate", "evaluation.temperature", 1.5, 0.6), ("sample", "sampling.seed", 5, 0),
+                                    ("evaluate", "evaluation.max_tokens", 20, 24)):
+        with pytest.raises(RequestError, match=rf"config\.{name}={value} is not the {was} that .*jsonl was drawn with"):
+            run(copy, stage, **{name: value})
+    run(copy, "teacher", "student", "evaluate", **{
+        "student.optimizer.learning_rate": 1e-4, "rejection.per_problem": 1, "reinforcement.kl_weight": 0.5,
+        "reinforcement.student_steps": 9, "evaluation.batch_size": 8})
+    report = (copy / "report.md").read_text()
+    assert "- `student.optimizer.learning_rate`: 0.005\n" in report and "- `reinforcement.kl_weight`: 0.0\n" in report
+    assert "`evaluation.batch_size`: 8" in report and "per_problem" not in report and "student_steps`: 9" not in report
+    assert f"{copy / 'distilled'} is finished, with config.student.optimizer.learning_rate=0.005 and not 0.0001" in (
+        caplog.text) and f"{copy / 'teacher'} is finished, with config.reinforcement.student_steps" not in caplog.text
+    (copy / "distilled/made.json").unlink()
+    run(copy, "evaluate", **{"student.optimizer.learning_rate": 1e-4})
+    report = (copy / "report.md").read_text()
+    assert "- `student.optimizer.learning_rate`: 0.005 (base); 0.0001 (distilled)\n" in report
+    assert "Of distilled there is no record: taken to be as this command says" in report
+
+
+def test_other_weights_are_another_model(copy):
+    path = copy / "evaluation/base-2.sampled.jsonl"
+    told = stages.made.read(path)
+    _, model, variables = stages.checked_weights(copy / "base")
+    assert told["weights"] == stages.made.digest(variables)
+    changed = jax.tree.map(np.array, variables)
+    changed["params"]["embed_tokens"][-1, -1] += 1e-3
+    assert stages.made.digest(changed) != told["weights"]
+
+
 def test_a_killed_sampling_goes_on_without_loss_or_repetition(copy):
     path = copy / "samples.jsonl"
     whole, told = path.read_bytes(), json.loads((copy / "sampling.json").read_text())

@@ -30,6 +30,9 @@ class Sample:
     ended: bool
 
 
+_TYPES = {str: "text", int: "a whole number", bool: "true or false"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """How problems are sampled: `samples` of each, `batch_size` responses at a time, of `max_tokens` at the most;
@@ -117,10 +120,16 @@ def _lines(path: Path) -> Iterator[Sample]:
         if not line:
             continue
         try:
-            yield Sample(**json.loads(line))
+            found = Sample(**json.loads(line))
         except (ValueError, TypeError):
             raise RequestError(f"{path}:{count} is no sample: expected an object with "
                                f"{', '.join(field.name for field in dataclasses.fields(Sample))}") from None
+        for field in dataclasses.fields(Sample):
+            value = getattr(found, field.name)
+            if type(value) is not field.type:
+                raise RequestError(f"{path}:{count} is no sample: its {field.name} is {json.dumps(value)}, expected "
+                                   f"{_TYPES[field.type]}")
+        yield found
 
 
 def _continued(path: Path, wanted: Sequence[tuple[Problem, int]]) -> int:

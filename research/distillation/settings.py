@@ -22,8 +22,8 @@ DIRECTIONS = ("forward", "reverse", "jensen_shannon")  # distillation.logits', w
 CHOICES = {"method": METHODS, "template": tuple(TEMPLATES), "reinforcement.form": ("token", "sequence"),
            "logits.direction": DIRECTIONS, "on_policy.direction": DIRECTIONS}
 AT_LEAST = {
-    0: ("cold_start.problems", "cold_start.student_steps", "reinforcement.teacher_steps",
-        "reinforcement.student_steps", "reinforcement.kl_weight", "reinforcement.clip",
+    0: ("seed", "sampling.seed", "evaluation.seed", "cold_start.problems", "cold_start.student_steps",
+        "reinforcement.teacher_steps", "reinforcement.student_steps", "reinforcement.kl_weight", "reinforcement.clip",
         "reinforcement.reference_every", "reinforcement.draft_tokens", "sampling.problems", "sampling.draft_tokens",
         "evaluation.problems", "task.count"),
     1: ("reinforcement.questions", "reinforcement.minibatches", "reinforcement.epochs", "reinforcement.max_tokens",

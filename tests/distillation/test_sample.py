@@ -155,6 +155,8 @@ def test_what_cannot_be_sampled_is_refused_before_anything_is_written(tmp_path, 
 @pytest.mark.parametrize(("content", "message"), [
     (None, "cannot be read: No such file"), ("", "holds no sample"), ('{"problem": "a"}\n', "a.jsonl:1 is no sample"),
     ("nonsense\n", "a.jsonl:1 is no sample: expected an object with problem, number, text, tokens, ended"),
+    ('{"problem": "a", "number": 0, "text": 4, "tokens": 1, "ended": true}\n', "its text is 4, expected text"),
+    ('{"problem": "a", "number": true, "text": "", "tokens": 1, "ended": true}\n', "number is true, expected a whole"),
 ])
 def test_a_file_without_samples_is_refused_in_words(tmp_path, content, message):
     path = tmp_path / "a.jsonl"

@@ -48,15 +48,18 @@ def run(settings: Settings, workdir: Path, stages: Sequence[str]) -> str:
         pipeline = Pipeline(settings, workdir, stack.enter_context(Checker(settings.checker_timeout)))
         pipeline.check(stages)
         environment.pin_threads()
-        first = not (workdir / "config.json").exists()
-        _write_config(settings, workdir / "config.json")
+        path = workdir / "config.json"
+        before = path.read_text("utf-8") if path.exists() else ""
+        _write_config(settings, path)
         said = []
         for stage in stages:
             try:
                 said.append(getattr(pipeline, stage)())
             except RequestError:
-                if first and not said:
-                    (workdir / "config.json").unlink()  # nothing was done here
+                if before:
+                    write_whole(path, before)
+                elif not said:  # nothing was done here
+                    path.unlink()
                 raise
         return "\n".join(said)
 

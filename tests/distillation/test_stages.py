@@ -143,10 +143,12 @@ def test_what_is_done_is_not_done_again(whole, copy, monkeypatch):
 
 
 def test_a_report_tells_what_was_used_and_not_what_was_asked_for_later(copy, caplog):
+    config = (copy / "config.json").read_bytes()
     for stage, name, value, was in (("evaluate", "evaluation.temperature", 1.5, 0.6), ("sample", "sampling.seed", 5, 0),
                                     ("evaluate", "evaluation.max_tokens", 20, 24)):
         with pytest.raises(RequestError, match=rf"config\.{name}={value} is not the {was} that .*jsonl was drawn with"):
             run(copy, stage, **{name: value})
+        assert (copy / "config.json").read_bytes() == config  # what is refused leaves no trace
     run(copy, "teacher", "student", "evaluate", **{
         "student.optimizer.learning_rate": 1e-4, "rejection.per_problem": 1, "reinforcement.kl_weight": 0.5,
         "reinforcement.student_steps": 9, "evaluation.batch_size": 8})
@@ -253,9 +255,10 @@ def test_an_empty_file_of_samples_is_refused(tmp_path):
     (tmp_path / "verified.jsonl").write_text("")
     with pytest.raises(RequestError, match=r"verified.jsonl holds no sample: nothing of what was said is right"):
         run(tmp_path, "student", **{"cold_start.student_steps": 0})
-    (tmp_path / "verified.jsonl").write_text('{"question": "1?"}\n')
-    with pytest.raises(RequestError, match=r"verified.jsonl has a line that is no kept sample"):
-        run(tmp_path, "student", **{"cold_start.student_steps": 0})
+    for line in ('{"question": "1?"}', '{"question": "1?", "response": 1}'):
+        (tmp_path / "verified.jsonl").write_text(line + "\n")
+        with pytest.raises(RequestError, match=r"verified.jsonl has a line that is no kept sample"):
+            run(tmp_path, "student", **{"cold_start.student_steps": 0})
     with pytest.raises(RequestError, match=r"config\.tuning\.files='no\*' .*matches no file"):
         run(tmp_path, "student", **{"cold_start.student_steps": 0, "tuning.files": "no*"})
 

@@ -71,6 +71,7 @@ def test_an_account_without_terms_has_no_prices(capsys):
 @pytest.mark.parametrize("words, said", [
     ((), "--config is missing"),
     (("--config=experiments/deepseek_v33.py",), "does not exist (did you mean experiments/deepseek_v3.py?)"),
+    (("--config=experiments/distill.py",), "the config is one of research.distill, of a teacher and a student"),
     ((NANO, "--gpu=H8000"), "--gpu='H8000' is none of H20, H100, H200, H800 (did you mean H800?)"),
     ((NANO, "--gpu=H800", "--mfu=1.2"), "--mfu=1.2 must be above 0 and at most 1"),
     ((NANO, "--gpu=H800", "--mfu=nan"), "--mfu=nan must be above 0"),

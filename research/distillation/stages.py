@@ -80,7 +80,9 @@ class Pipeline:
     def training(self) -> list[Problem]:
         """The problems of training, of which there is one at least."""
         if not self.problems[0]:
-            raise RequestError.field("task.files", self.settings.task.files, "holds no problem that is not a test's")
+            raise RequestError.field("task.files", self.settings.task.files, "holds no problem that is not a test's" if
+                                     self.settings.task.files else "names no problems to learn from: with those of a "
+                                     "test alone, only --stage=evaluate is meant")
         return self.problems[0]
 
     def check(self, stages: Sequence[str]) -> None:

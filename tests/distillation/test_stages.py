@@ -289,12 +289,16 @@ def test_users_problems_need_their_fields_and_solutions(tmp_path):
     (["--config=experiments/distill.py", "--workdir=d", "--stage=al"], "value should be one of <teacher|sample|"),
     (["--config=experiments/distill.py:distill", "--workdir=d", "--stage=all"], "has no arm 'distill' (did you mean"),
     (["--config=experiments/distill.py", "--workdir=d", "--stage=all", "--config.method=x"], "config.method='x' must"),
+    (["--config=experiments/r1_evaluate.py:aime", "--workdir=d", "--stage=all", "--config.task.test_files={test}"],
+     "config.task.files='' names no problems to learn from: with those of a test alone, only --stage=eval"),
+    (["--config=experiments/r1_evaluate.py:aime", "--workdir=d", "--stage=all"], "task.files='' names no file: "),
     (["--config=experiments/distill.py", "--workdir=d", "--stage=all", "--config.sampling.draft_tokens=1"],
      "config.sampling.draft_tokens=1 must be 0: the teacher has no multi-token module"),
 ])
-def test_a_wrong_command_is_answered_with_one_line(words, message, capsys, monkeypatch):
+def test_a_wrong_command_is_answered_with_one_line(words, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(runs.ROOT)
-    assert exit_code(distill, *words) == 2
+    (tmp_path / "test.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n')
+    assert exit_code(distill, *(word.format(test=tmp_path / "test.jsonl") for word in words)) == 2
     out, err = capsys.readouterr()
     assert not out and err.count("\n") == 1 and message in err and not (runs.ROOT / "d").exists()
 

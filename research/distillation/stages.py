@@ -343,6 +343,8 @@ class Pipeline:
         """That of the weights to start from, else the config's; a BPE learns from the examples of the cold start."""
         if start:
             return Tokenizer.load(Path(start).expanduser())
+        if settings.data.tokenizer != "bpe":
+            return build(settings.data, ())
         problems = self.training[:max(self.settings.cold_start.problems, 500)]
         return build(settings.data, [Document(p.name, prompt + response)
                                      for p, (prompt, response) in zip(problems, self._worked(problems), strict=True)])

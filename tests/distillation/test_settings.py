@@ -80,6 +80,10 @@ def test_the_config_of_a_model_alone_is_a_students():
     s = check(experiment.change(chosen, ["seed=5", "student.checkpoint.initialize_from=there"], DEFAULT))
     assert s.student.model.num_hidden_layers == 28 and s.student.optimizer.learning_rate == 1e-4
     assert s.student.training.seed == 5 and s.student.checkpoint.initialize_from == "there"
+    assert (s.task.source, s.task.count) == ("files", 0)
+    assert {32768} == {each.max_tokens for each in (s.sampling, s.rejection, s.evaluation, s.reinforcement)}
+    r = s.reinforcement
+    assert (r.questions * r.group_size, r.minibatches * r.reference_every, r.learning_rate) == (8192, 400, 2e-6)
     assert complete(chosen) is chosen and s.cold_start.problems == 0 and "boxed" in s.template.directive
 
 

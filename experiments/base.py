@@ -203,7 +203,7 @@ def get_distillation_config() -> ConfigDict:
     r.form = "token"  # token (DeepSeekMath Eq. 3) | sequence (R1 Eq. 1-3)
     r.clip = 0.2
     r.kl_weight = 0.001  # beta, of the divergence from the reference
-    r.reference_every = 0  # batches after which the policy becomes the reference (R1: 400); 0: its first weights stay
+    r.reference_every = 0  # batches after which the policy becomes the reference (R1: 400 updates); 0: the first stay
 
     c.sampling = s = ConfigDict()
     s.checkpoint = ""  # who is sampled, a workdir or a Hugging Face folder; "": the teacher of this workdir

@@ -3,6 +3,9 @@
 Question: none yet; shapes of their bases, fine-tuned as R1 (v2 B.4.3) gives it. Command:
     python -m research.account --config=experiments/r1_distill_llama.py:70b
     python -m research.main --config=experiments/r1_distill_llama.py:smoke --workdir=runs/r1_distill_smoke
+By the account (--gpu=H200) one H200 of 141 GB holds neither (204 and 1,552 GB). Of several, with the 64 rows shared
+out, a device holds 96 GB for 8B (--config.mesh.fsdp=4 --config.training.accumulation_steps=16) and 134 for `70b` (32
+and 2).
 Result: 8.030B and 70.554B parameters (tests/accounting). The fine-tuning: not yet run.
 """
 

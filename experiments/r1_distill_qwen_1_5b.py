@@ -7,6 +7,9 @@ cosine from 1e-4 to a tenth. Command:
     python -m research.distill --config=experiments/r1_distill_qwen_1_5b.py --stage=student --workdir=DIR \\
         --config.student.checkpoint.initialize_from=Qwen2.5-Math-1.5B --config.tuning.files=samples.jsonl
 The last reads a user's samples (question, response) and trains R1's student from the base's folder; the others' text.
+`complete` in research/distillation/settings.py says what of the rest of a pipeline is R1's, and what it does not give.
+The 64 rows go one after another through one GPU, and layers are computed again (ours; the paper gives neither): 94.8 GB
+of an H200's 141 by the account (--gpu=H200).
 Result: 1.7771B parameters (tests/accounting). The fine-tuning: not yet run.
 """
 
@@ -19,6 +22,8 @@ def fine_tuned(c, learning_rate: float):
     c.data.sequence_length = 32768
     c.training.steps = 4110  # 2 epochs (derived)
     c.training.batch_size = 64
+    c.training.accumulation_steps = 64  # a row at a time and layers computed again, for memory: not from the paper
+    c.model.remat = "layer"
     c.optimizer.update(dict(learning_rate=learning_rate, warmup_fraction=0.0, plateau_until=0.0, cosine_until=1.0,
                             cosine_final=0.1, tail_from=1.0, tail_final=0.1))
     return c

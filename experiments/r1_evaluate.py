@@ -6,7 +6,8 @@ Command:
     python -m research.distill --config=experiments/r1_evaluate.py:aime --stage=evaluate --workdir=runs/aime \\
         --config.evaluation.checkpoint=DeepSeek-R1-Distill-Qwen-1.5B --config.task.test_files=aime_2024.jsonl
 Arms: `aime`, `math500` (both with the fields problem and answer), `gsm8k` (as it is; not in the paper's table), each
-for R1-Distill-Qwen-1.5B, or for another row: `aime:qwen_7b`, ...
+for R1-Distill-Qwen-1.5B, or for another row: `aime:qwen_7b`, ... Without one of the three: one's own benchmark, in the
+fields question and answer, 8 responses to each problem, and no row of the paper. `evaluate` is the one stage.
 Result: not yet run on a released checkpoint; tests/distillation tries it on a tiny one.
 """
 

@@ -104,6 +104,8 @@ class Settings:
 
 def check(config) -> Settings:
     """Checks every field and how they fit together. Raises RequestError with one line for the first that is wrong."""
+    if "teacher" in config and "student" in config:
+        raise RequestError("the config is one of research.distill, of a teacher and a student: this takes one model's")
     groups = checked_fields(config, base.get_config())
     given = flatten(groups)
     _check_values(given)

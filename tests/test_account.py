@@ -126,9 +126,15 @@ def test_an_account_without_terms_has_no_prices(capsys):
     assert found["memory_per_device"]["activations"] > found["memory_per_device"]["weights"]
 
 
+def test_r1s_student_trains_on_one_h200_as_its_page_says(capsys):
+    code, out, _ = run(capsys, "--config=experiments/r1_distill_qwen_1_5b.py", "--gpu=H200", "--format=json")
+    assert code == 0 and json.loads(out)["memory_per_device"]["total"] == pytest.approx(94.8e9, abs=0.05e9)
+
+
 @pytest.mark.parametrize("words, said", [
     ((), "--config is missing"),
     (("--config=experiments/deepseek_v33.py",), "does not exist (did you mean experiments/deepseek_v3.py?)"),
+    (("--config=experiments/distill.py",), "the config is one of research.distill, of a teacher and a student"),
     ((NANO, "--gpu=H8000"), "--gpu='H8000' is none of H20, H100, H200, H800 (did you mean H800?)"),
     ((NANO, "--gpu=H800", "--mfu=1.2"), "--mfu=1.2 must be above 0 and at most 1"),
     ((NANO, "--gpu=H800", "--mfu=nan"), "--mfu=nan must be above 0"),

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from experiments import nano
+from experiments import base, nano
 from research import config, report
 from research.files import write_whole
 from research.reporting import figures, run
@@ -190,12 +190,21 @@ def test_odd_values_and_files_are_left_out(tmp_path):
     assert "model.of_an_older_version" in shown.of("td") and "All steps are logged" in " ".join(shown.of("p"))
 
 
+def pipeline(path):
+    (path / "config.json").write_text(json.dumps(base.get_distillation_config().to_dict()))
+    for name in ("distilled", "base"):
+        (path / name).mkdir()
+        (path / name / "metrics.jsonl").touch()
+
+
 @pytest.mark.parametrize("change, said", [
     (None, "is not a directory"),
     (lambda path: (path / "config.json").unlink(), "is not the workdir of a run"),
     (lambda path: (path / "config.json").write_text("{"), "is not a configuration in JSON"),
     (lambda path: (path / "config.json").write_text("[]"), "is not a configuration in JSON"),
     (lambda path: (path / "config.json").write_text("{}"), "config.training.steps=None must be a whole number"),
+    (pipeline, "is a folder of research.distill, whose stage `evaluate` writes report.md; the models in it have pages "
+     "of their own: base, distilled"),
     (lambda path: (path / "metrics.jsonl").unlink(), "holds no whole line"),
     (lambda path: (path / "metrics.jsonl").write_text(""), "holds no whole line"),
     (lambda path: (path / "metrics.jsonl").write_text('{"step'), "holds no whole line"),

@@ -11,6 +11,7 @@ from experiments import base
 from research import environment, plots
 from research.accounting import flops, parameters
 from research.distillation import estimates as estimate
+from research.distillation import made
 from research.distillation.sample import Sample, drafting
 from research.distillation.settings import DRAWING, METHODS, Settings
 from research.distillation.tasks import Problem
@@ -101,7 +102,7 @@ def write(workdir: Path, settings: Settings, found: dict, problems: int) -> None
              "included, without what it started from; the last one is of the teacher, where it scored rollouts.\n",
              table(found, settings.evaluation) + "\n"]
     text += ["\n".join(f"- {name}: {_WHAT[name]}" for name in found if name in _WHAT) + "\n"]
-    text += _pictures(workdir, found) + _samples(workdir) + _made(settings)
+    text += _pictures(workdir, found) + _samples(workdir) + _made(workdir, settings, found)
     write_whole(workdir / "report.md", "\n".join(text))
 
 
@@ -154,13 +155,27 @@ def _samples(workdir: Path) -> list[str]:
     return text
 
 
-def _made(settings: Settings) -> list[str]:
-    """The fields that differ from their defaults, and the machine."""
+def _made(workdir: Path, settings: Settings, models) -> list[str]:
+    """The fields that differ from their defaults, as each thing here was made with them, and the machine."""
     default, where = flatten(base.get_distillation_config().to_dict()), environment.describe()
-    changed = [f"- `{name}`: {value!r}" for name, value in settings.fields.items() if default[name] != value]
+    there = {name: workdir / name for name in models if (workdir / name).is_dir()}
+    there |= {path.stem: path for path in (workdir / "samples.jsonl", workdir / "verified.jsonl") if path.exists()}
+    told = {name: made.read(path) for name, path in there.items()}
+    unknown = [name for name, fields in told.items() if not fields]
+    told |= {name: made.fields_of(settings.fields, name) for name in [*unknown, "evaluation"]}
+    changed = []
+    for field in default:
+        by_value: dict[str, list[str]] = {}
+        for name, fields in told.items():
+            if field in fields:
+                by_value.setdefault(repr(fields[field]), []).append(name)
+        if set(by_value) - {repr(default[field])}:
+            changed.append(f"- `{field}`: " + (next(iter(by_value)) if len(by_value) == 1 else "; ".join(
+                f"{value} ({', '.join(names)})" for value, names in by_value.items())))
+    without = [f"Of {', '.join(unknown)} there is no record: taken to be as this command says.\n"] if unknown else []
     return ["## How it was made\n", f"Commit {where['commit']}, {where['processor']}, {where['device']}, Python "
             f"{where['python']}, JAX {where['packages']['jax']}, seed {settings.seed}. Fields that differ from "
-            "experiments/base.py:\n", *changed, ""]
+            "experiments/base.py:\n", *changed, "", *without]
 
 
 def _votes(problem: Problem, answers: Sequence[str | None], right: Sequence[bool], checker: Checker) -> list:

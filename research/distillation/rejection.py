@@ -85,10 +85,13 @@ def read(path: Path) -> list[tuple[str, str]]:
     try:
         rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
         found = [(row["question"], row["response"]) for row in rows]
+        if not all(isinstance(text, str) for pair in found for text in pair):
+            raise TypeError
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
-        raise RequestError(f"{path} has a line that is no kept sample: an object with question and response") from None
+        raise RequestError(f"{path} has a line that is no kept sample: an object with texts under question and "
+                           "response") from None
     if not found:
         raise RequestError(f"{path} holds no sample: nothing of what was said is right, and fit to be taught")
     return found

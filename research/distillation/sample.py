@@ -4,13 +4,15 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from research.decoding.generate import Decoder, check_request
 from research.decoding.sampling import Sampling
+from research.distillation import made
 from research.distillation.tasks import Problem
 from research.distillation.template import Template
 from research.errors import RequestError
@@ -28,6 +30,9 @@ class Sample:
     ended: bool
 
 
+_TYPES = {str: "text", int: "a whole number", bool: "true or false"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """How problems are sampled: `samples` of each, `batch_size` responses at a time, of `max_tokens` at the most;
@@ -42,14 +47,15 @@ class Plan:
 
 
 def sample(path: Path, problems: Sequence[Problem], decoder: Decoder, tokenizer, first: Sequence[int],
-           template: Template, plan: Plan) -> dict[str, float]:
+           template: Template, plan: Plan, record: Mapping[str, Any]) -> dict[str, float]:
     """Writes to `path` the samples that it lacks, in the problems' order. first: the ids that every prompt begins with.
+    record: what they are made with, for `made.continued`.
 
     A line is whole or absent, and on the disk when its batch is done. Killed and called again, with the same
     arguments, it leaves what it would have left: a batch depends on the plan and on its place alone. Returns what was
     done now: {`samples`, `tokens`, `seconds`, `tokens_per_second`, `drafted`, `accepted`}, the seconds without
     compilation, the drafts with those beyond the end of a text. Raises RequestError for a plan or a problem that the
-    model cannot take, and for a file with other problems' samples.
+    model cannot take, and for a file with other problems' samples, or of another record.
     """
     if not problems:
         raise RequestError("there is no problem to sample")
@@ -66,6 +72,7 @@ def sample(path: Path, problems: Sequence[Problem], decoder: Decoder, tokenizer,
     except ValueError as error:
         raise RequestError(f"config.sampling: {error}") from None
     done = _continued(path, wanted)
+    made.continued(path, record)
     written, tokens, seconds, drafted, accepted = 0, 0, 0.0, 0, 0
     with path.open("a", encoding="utf-8") as file:
         for start in range(0, len(wanted), plan.batch_size):
@@ -113,10 +120,16 @@ def _lines(path: Path) -> Iterator[Sample]:
         if not line:
             continue
         try:
-            yield Sample(**json.loads(line))
+            found = Sample(**json.loads(line))
         except (ValueError, TypeError):
             raise RequestError(f"{path}:{count} is no sample: expected an object with "
                                f"{', '.join(field.name for field in dataclasses.fields(Sample))}") from None
+        for field in dataclasses.fields(Sample):
+            value = getattr(found, field.name)
+            if type(value) is not field.type:
+                raise RequestError(f"{path}:{count} is no sample: its {field.name} is {json.dumps(value)}, expected "
+                                   f"{_TYPES[field.type]}")
+        yield found
 
 
 def _continued(path: Path, wanted: Sequence[tuple[Problem, int]]) -> int:

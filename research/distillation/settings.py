@@ -22,8 +22,8 @@ DIRECTIONS = ("forward", "reverse", "jensen_shannon")  # distillation.logits', w
 CHOICES = {"method": METHODS, "template": tuple(TEMPLATES), "reinforcement.form": ("token", "sequence"),
            "logits.direction": DIRECTIONS, "on_policy.direction": DIRECTIONS}
 AT_LEAST = {
-    0: ("cold_start.problems", "cold_start.student_steps", "reinforcement.teacher_steps",
-        "reinforcement.student_steps", "reinforcement.kl_weight", "reinforcement.clip",
+    0: ("seed", "sampling.seed", "evaluation.seed", "cold_start.problems", "cold_start.student_steps",
+        "reinforcement.teacher_steps", "reinforcement.student_steps", "reinforcement.kl_weight", "reinforcement.clip",
         "reinforcement.reference_every", "reinforcement.draft_tokens", "sampling.problems", "sampling.draft_tokens",
         "evaluation.problems", "task.count"),
     1: ("reinforcement.questions", "reinforcement.minibatches", "reinforcement.epochs", "reinforcement.max_tokens",
@@ -69,12 +69,23 @@ class Settings:
 
 
 def complete(chosen: ConfigDict) -> ConfigDict:
-    """The config as it is, or, where it is that of a model alone, a pipeline with this model as student: with R1's
-    template and without a cold start."""
+    """The config as it is, or, where it is that of a model alone, a pipeline with this model as student, as R1 has it.
+
+    R1's: its template, no cold start, a user's problems, responses as long as a row; pass@1 at temperature 0.6 and
+    top-p 0.95 (v1 §3), which sampling has too; reinforcement as of Qwen2.5-32B-Zero (v2 B.4). Its 600k and 200k samples
+    are what `task.files` and `tuning.files` hold. It gives neither how many samples of a problem were drawn or kept,
+    nor at which temperature, nor this model's clip: those are experiments/base.py's.
+    """
     if "student" in chosen:
         return chosen
     whole = base.get_distillation_config()
+    length = chosen.data.sequence_length  # R1: 32,768
     whole.template, whole.cold_start.problems = "deepseek", 0
+    whole.task.update(dict(source="files", count=0))
+    for group in (whole.sampling, whole.rejection, whole.evaluation, whole.reinforcement):
+        group.max_tokens = length
+    whole.reinforcement.update(dict(  # 8,192 samples of 512 questions, in updates of 512; 400 updates: 25 batches
+        student_steps=10000, learning_rate=2e-6, questions=512, group_size=16, minibatches=16, reference_every=25))
     whole.student.update_from_flattened_dict({
         name: value for name, value in flatten(chosen.to_dict()).items() if name != "training.seed"})
     return whole

@@ -6,7 +6,8 @@
     DIR/<method>/        the student
     DIR/evaluation/      responses to the test's problems     DIR/results.json, DIR/report.md
 
-Each model's folder is a workdir like research.main's. A stage that is done is not done again.
+Each model's folder is a workdir like research.main's. A stage that is done is not done again; what was made with which
+fields stands beside it (`made.py`).
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from research.data.sources import Document
 from research.data.tokenizer import Tokenizer, build
 from research.decoding.generate import Decoder
 from research.decoding.sampling import Sampling
-from research.distillation import evaluate, imitate, on_policy, reinforce, rejection, rollouts, tasks
+from research.distillation import evaluate, imitate, made, on_policy, reinforce, rejection, rollouts, tasks
 from research.distillation.finetune import Examples
 from research.distillation.sample import Plan, drafting, read, sample
 from research.distillation.settings import DRAWING, Settings, named
@@ -47,15 +48,18 @@ def run(settings: Settings, workdir: Path, stages: Sequence[str]) -> str:
         pipeline = Pipeline(settings, workdir, stack.enter_context(Checker(settings.checker_timeout)))
         pipeline.check(stages)
         environment.pin_threads()
-        first = not (workdir / "config.json").exists()
-        _write_config(settings, workdir / "config.json")
+        path = workdir / "config.json"
+        before = path.read_text("utf-8") if path.exists() else ""
+        _write_config(settings, path)
         said = []
         for stage in stages:
             try:
                 said.append(getattr(pipeline, stage)())
             except RequestError:
-                if first and not said:
-                    (workdir / "config.json").unlink()  # nothing was done here
+                if before:
+                    write_whole(path, before)
+                elif not said:  # nothing was done here
+                    path.unlink()
                 raise
         return "\n".join(said)
 
@@ -76,7 +80,9 @@ class Pipeline:
     def training(self) -> list[Problem]:
         """The problems of training, of which there is one at least."""
         if not self.problems[0]:
-            raise RequestError.field("task.files", self.settings.task.files, "holds no problem that is not a test's")
+            raise RequestError.field("task.files", self.settings.task.files, "holds no problem that is not a test's" if
+                                     self.settings.task.files else "names no problems to learn from: with those of a "
+                                     "test alone, only --stage=evaluate is meant")
         return self.problems[0]
 
     def check(self, stages: Sequence[str]) -> None:
@@ -120,10 +126,11 @@ class Pipeline:
     def sample(self) -> str:
         """Several responses of the teacher to each training problem, in DIR/samples.jsonl."""
         s, path = self.settings.sampling, self.workdir / "samples.jsonl"
-        _, decoder, tokenizer = self._model_in(self._sampled)
+        _, decoder, tokenizer, whose = self._model_in(self._sampled)
         plan = Plan(s.samples, s.batch_size, s.max_tokens, Sampling(s.temperature, top_p=s.top_p), s.seed,
                     s.draft_tokens)
-        found = sample(path, self._asked, decoder, tokenizer, tokenizer.start_ids, self.settings.template, plan)
+        found = sample(path, self._asked, decoder, tokenizer, tokenizer.start_ids, self.settings.template, plan,
+                       self._record("samples") | whose)
         said = "all were there" if not found["samples"] else (
             f"{found['samples']:,} now, {found['tokens']:,} tokens, {found['tokens_per_second']:,.0f} tokens/s"
             + drafting(found))
@@ -137,6 +144,7 @@ class Pipeline:
         problems, failed = self.problems[0], dict(self.checker.failures)
         found = rejection.verify(samples, problems, self.checker, self.settings.rejection)
         rejection.write(self.workdir / "verified.jsonl", found, problems)
+        made.write(self.workdir / "verified.jsonl", self._record("verified"))
         failures = {name: count - failed.get(name, 0) for name, count in self.checker.failures.items()}
         write_whole(self.workdir / "verification.json", json.dumps(
             {"counts": found.counts, "checker_failures": failures, "pass_rate": found.pass_rate}, indent=1) + "\n")
@@ -264,7 +272,7 @@ class Pipeline:
             if folder == "logits":
                 loss = partial(imitate.imitation_loss, logits=self.settings.logits)
                 examples.kept = self._teacher_logits(examples, settings)
-            loop.train(settings, self.workdir / folder, corpus=examples, loss=loss)
+            self._train(settings, folder, corpus=examples, loss=loss)
 
     def _reinforce(self, name: str, folder: str, steps: int, start: str) -> None:
         """Reinforces a model from the weights in `start`, in DIR/folder."""
@@ -302,7 +310,14 @@ class Pipeline:
                     self.settings.reinforcement, settings, scoring)
 
     def _learn(self, folder: str, drawn: rollouts.Rollouts, loss) -> None:
-        loop.train(drawn.settings, self.workdir / folder, corpus=drawn, evaluate=drawn.evaluate, loss=loss)
+        self._train(drawn.settings, folder, corpus=drawn, evaluate=drawn.evaluate, loss=loss)
+
+    def _train(self, settings, folder: str, **how) -> None:
+        loop.train(settings, self.workdir / folder, **how)
+        made.write(self.workdir / folder, self._record(folder))
+
+    def _record(self, name: str) -> dict:
+        return made.fields_of(self.settings.fields, name)
 
     def _teacher_of(self, tokenizer: Tokenizer, settings):
         """(settings, model, variables) of the teacher of a student with this tokenizer and these settings; RequestError
@@ -328,6 +343,8 @@ class Pipeline:
         """That of the weights to start from, else the config's; a BPE learns from the examples of the cold start."""
         if start:
             return Tokenizer.load(Path(start).expanduser())
+        if settings.data.tokenizer != "bpe":
+            return build(settings.data, ())
         problems = self.training[:max(self.settings.cold_start.problems, 500)]
         return build(settings.data, [Document(p.name, prompt + response)
                                      for p, (prompt, response) in zip(problems, self._worked(problems), strict=True)])
@@ -339,20 +356,22 @@ class Pipeline:
         if steps not in evaluated or Checkpoints(path / "checkpoints", 1, 0).newest_intact() != steps:
             return False
         logging.info("%s: all %d steps are done", path, steps)
+        made.kept(path, self.settings.fields)
         return True
 
     def _model_in(self, folder: Path):
-        """(settings, Decoder, tokenizer) of a workdir or a Hugging Face folder."""
+        """(settings, Decoder, tokenizer, whose weights: for a record) of a workdir or a Hugging Face folder."""
         settings, model, variables = checked_weights(folder)
+        whose = {"model": str(folder), "weights": made.digest(variables)}
         if model in self._decoders:
             self._decoders[model].take(variables)
         else:
             self._decoders[model] = Decoder(model, variables)
-        return settings, self._decoders[model], Tokenizer.load(folder)
+        return settings, self._decoders[model], Tokenizer.load(folder), whose
 
     def _evaluated(self, folder: Path, name: str, problems: Sequence[Problem]) -> dict:
         """What `evaluate.estimates` says of the responses, which are kept under the model's name and step."""
-        e, (settings, decoder, tokenizer) = self.settings.evaluation, self._model_in(folder)
+        e, (settings, decoder, tokenizer, whose) = self.settings.evaluation, self._model_in(folder)
         step = Checkpoints(folder / "checkpoints", 1, 0).newest_intact() if (folder / "checkpoints").is_dir() else None
         (self.workdir / "evaluation").mkdir(exist_ok=True)
         stem = self.workdir / "evaluation" / (name if step is None else f"{name}-{step}")
@@ -362,9 +381,12 @@ class Pipeline:
             plans["greedy"] = dataclasses.replace(plan, samples=1, sampling=Sampling())
         found = {}
         for kind, one in plans.items():
-            path = Path(f"{stem}.{kind}.jsonl")
+            path, chosen = Path(f"{stem}.{kind}.jsonl"), one.sampling
+            record = self._record("evaluation") | whose | {
+                "evaluation.samples": one.samples, "evaluation.temperature": chosen.temperature,
+                "evaluation.top_p": chosen.top_p}
             try:
-                sample(path, problems, decoder, tokenizer, tokenizer.start_ids, self.settings.template, one)
+                sample(path, problems, decoder, tokenizer, tokenizer.start_ids, self.settings.template, one, record)
             except RequestError as error:
                 raise RequestError(str(error).replace("config.sampling", "config.evaluation")) from None
             found[kind] = read(path)

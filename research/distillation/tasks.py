@@ -198,7 +198,9 @@ def _read(task: Task, field: str) -> list[Problem]:
     problems = [_problem(where, texts, task, field)
                 for where, texts in read_rows(f"task.{field}", getattr(task, field), keys)]
     if not problems:
-        raise RequestError.field(f"task.{field}", getattr(task, field), "holds no problem")
+        raise RequestError.field(f"task.{field}", getattr(task, field), "holds no problem" if getattr(task, field) else
+                                 "names no file: config.task.files are problems to learn from, config.task.test_files "
+                                 "those of a test, which --stage=evaluate needs alone")
     return problems[:task.count or None]
 
 

@@ -107,6 +107,10 @@ def _fields(path: Path) -> dict:
         raise RequestError(f"{path} does not exist: {path.parent} is not the workdir of a run") from None
     except (ValueError, AttributeError, RecursionError):
         raise RequestError(f"{path} is not a configuration in JSON") from None
+    if "student.training.steps" in fields:
+        models = sorted(folder.parent.name for folder in path.parent.glob("*/metrics.jsonl"))
+        raise RequestError(f"--workdir={path.parent} is a folder of research.distill, whose stage `evaluate` writes "
+                           f"report.md; the models in it have pages of their own: {', '.join(models) or 'none yet'}")
     if not isinstance(fields.get("training.steps"), int):
         raise RequestError(f"{path}: config.training.steps={fields.get('training.steps')!r} must be a whole number")
     return fields

@@ -17,6 +17,7 @@ from absl import logging
 
 from experiments import base
 from research import experiment
+from research.distillation import made
 from research.distillation.evaluate import NAMES
 from research.distillation.settings import METHODS, check
 from research.errors import RunError
@@ -139,7 +140,9 @@ def _begin(run: Run, whole: Path) -> None:
     pipeline, s = run.workdir.parent, run.settings.sampling
     (pipeline / "evaluation").mkdir(parents=True, exist_ok=True)
     shutil.copytree(whole / "base", pipeline / "base", dirs_exist_ok=True)
-    for path in whole.glob("evaluation/base-*.jsonl"):
+    for path in whole.glob("evaluation/base-*"):
         shutil.copy(path, pipeline / "evaluation")
     lines = (whole / "samples.jsonl").read_text("utf-8").split("\n")[:s.problems * s.samples]
     write_whole(pipeline / "samples.jsonl", "".join(f"{line}\n" for line in lines))
+    if record := made.read(whole / "samples.jsonl"):
+        made.write(pipeline / "samples.jsonl", record | {"sampling.problems": s.problems})

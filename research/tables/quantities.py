@@ -100,6 +100,9 @@ QUANTITIES = {  # name and unit of a figure: what reads it off a run and its met
     "pass@1, %": (lambda run, found: 100 * found["pass_at_1"]["value"], 1),  # these of pipelines.py's runs
     "± of one seed's pass@1 (95%), %": (half_interval, 1),
     "pass@k, %": (lambda run, found: 100 * found["pass_at_k"], 1),
+    "cons@k, %": (lambda run, found: 100 * found["cons_at_k"], 1),
+    "k": (lambda run, found: found["k"] if run.workdir.name == "teacher" else None, 0),  # all have the teacher's
+    "tokens of a response": (lambda run, found: found["tokens"], 1),
     "training, TFLOP": (lambda run, found: found["flops"] / 1e12, 2),
     "samples taught": (taught, 0),
     **{f"found at {times} T, %": (share_found(times), 1) for times in (1, 2, 3, 4)},

@@ -11,6 +11,7 @@ NOTES = (
     "experiments/distill.py says which. Arms without a figure are not in the paper's table.",
     "Students of one seed start from the same weights and train for about the same operations, rollouts included. What "
     "the teacher of on_policy spends on reading them is not counted.",
+    "k, in the teacher's row, is how many responses every model gives to a problem.",
     "A claim is judged by a paired t-interval over seeds, each at 95%, uncorrected. One seed's interval is over its "
     "problems and samples.",
 )
@@ -20,7 +21,8 @@ PARTS = ("problems_320", "problems_1280")
 STUDY = Study(
     "distill", ("teacher", "base", "reference", "reinforced", "distilled", "unverified", "logits", "on_policy",
                 *PARTS),
-    (PASS, "± of one seed's pass@1 (95%), %", "pass@k, %", "training, TFLOP", "samples taught"),
+    (PASS, "± of one seed's pass@1 (95%), %", "pass@k, %", "cons@k, %", "k", "tokens of a response",
+     "training, TFLOP", "samples taught"),
     (Claim(PASS, "distilled", "reinforced", 25.6, "72.6 less 47.0"),
      Claim(PASS, "teacher", "distilled", 7.2, "79.8 less 72.6"),
      Claim(PASS, "distilled", "base", None, "no figure in the paper"),

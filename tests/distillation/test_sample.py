@@ -6,6 +6,7 @@ import pytest
 from research.data.tokenizer import Tokenizer, _bytes
 from research.decoding.generate import Decoder, Generation
 from research.decoding.sampling import Sampling
+from research.distillation import made
 from research.distillation.sample import Plan, Sample, _seed, drafting, read, sample
 from research.distillation.tasks import Problem
 from research.distillation.template import TEMPLATES
@@ -36,8 +37,12 @@ class Echo:
         return Generation(rows, 10, [7, 3][:draft_tokens], 0.0, 1.0)
 
 
-def run(path, decoder, problems=PROBLEMS, plan=PLAN):
-    return sample(path, problems, decoder, TOKENIZER, FIRST, TEMPLATES["plain"], plan)
+RECORD = {"template": "plain", "sampling.temperature": 0.8, "sampling.top_p": 1.0, "sampling.max_tokens": 12,
+          "sampling.seed": 3, "sampling.batch_size": 4, "weights": "ab", "model": "/a/model"}
+
+
+def run(path, decoder, problems=PROBLEMS, plan=PLAN, record=RECORD):
+    return sample(path, problems, decoder, TOKENIZER, FIRST, TEMPLATES["plain"], plan, record)
 
 
 @pytest.fixture
@@ -102,6 +107,37 @@ def test_samples_of_another_task_are_neither_mixed_nor_lost(tmp_path, whole):
     assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("template", "deepseek", r"config\.template='deepseek' is not the 'plain' that .*samples\.jsonl was drawn with"),
+    ("sampling.temperature", 1.5, r"config\.sampling\.temperature=1\.5 is not the 0\.8 that .*, or remove .*jsonl to"),
+    ("sampling.top_p", 0.5, r"config\.sampling\.top_p=0\.5 is not the 1\.0 that"),
+    ("sampling.max_tokens", 10, r"config\.sampling\.max_tokens=10 is not the 12 that"),
+    ("sampling.seed", 4, r"config\.sampling\.seed=4 is not the 3 that"),
+    ("weights", "cd", r"was drawn from /a/model, whose weights were not those of /a/model now"),
+])
+@pytest.mark.parametrize("left", [500, None])
+def test_samples_of_other_settings_are_not_taken_for_these(tmp_path, left, name, value, message):
+    """Neither continued nor, where all are there, told as drawn with what is asked for now."""
+    path = tmp_path / "samples.jsonl"
+    run(path, Echo())
+    path.write_bytes(content := b"".join(path.read_bytes()[:left].rpartition(b"\n")[:2]))
+    with pytest.raises(RequestError, match=message):
+        run(path, Echo(), record=RECORD | {name: value})
+    assert path.read_bytes() == content
+    run(path, Echo(), record=RECORD | {"sampling.batch_size": 2, "model": "/b/model"})  # the same distribution
+    path.unlink()
+    run(path, Echo(), record=RECORD | {name: value})
+    assert made.read(path) == RECORD | {name: value}
+
+
+def test_older_samples_without_a_record_go_on_with_a_warning(tmp_path, whole, caplog):
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(whole[:500])
+    run(path, Echo())
+    assert path.read_bytes() == whole and not made.read(path)
+    assert f"{path} has no record of what it was drawn with" in caplog.text
+
+
 @pytest.mark.parametrize(("changes", "problems", "message"), [
     ({"samples": 0}, PROBLEMS, "config.sampling.samples=0 must be at least 1"),
     ({"sampling": Sampling(0.8, top_p=2)}, PROBLEMS, "config.sampling.top_p=2 must be above 0"),
@@ -119,6 +155,8 @@ def test_what_cannot_be_sampled_is_refused_before_anything_is_written(tmp_path, 
 @pytest.mark.parametrize(("content", "message"), [
     (None, "cannot be read: No such file"), ("", "holds no sample"), ('{"problem": "a"}\n', "a.jsonl:1 is no sample"),
     ("nonsense\n", "a.jsonl:1 is no sample: expected an object with problem, number, text, tokens, ended"),
+    ('{"problem": "a", "number": 0, "text": 4, "tokens": 1, "ended": true}\n', "its text is 4, expected text"),
+    ('{"problem": "a", "number": true, "text": "", "tokens": 1, "ended": true}\n', "number is true, expected a whole"),
 ])
 def test_a_file_without_samples_is_refused_in_words(tmp_path, content, message):
     path = tmp_path / "a.jsonl"

@@ -56,6 +56,9 @@ def test_one_seed_is_everybodys_until_they_have_their_own():
     ("on_policy.student_data_fraction=-1", r"_policy\.student_data_fraction=-1\.0 must be between 0 and 1"),
     ("on_policy.student_data_fraction=half", r"student_data_fraction='half' must be a number"),
     ("on_policy.steps=0", r"config\.on_policy\.steps=0 must be at least 1"),
+    ("seed=-1", r"config\.seed=-1 must be at least 0"),
+    ("sampling.seed=-1", r"config\.sampling\.seed=-1 must be at least 0"),
+    ("evaluation.seed=-1", r"config\.evaluation\.seed=-1 must be at least 0"),
     ("reinforcement.draft_tokens=-1", r"config\.reinforcement\.draft_tokens=-1 must be at least 0"),
     ("reinforcement.temperature=0", r"config\.reinforcement\.temperature=0\.0 must be above 0"),
     ("teacher.model.n_group=3", r"config\.teacher\.model\.n_group=3 does not divide config\.teacher\.model\.n_routed"),
@@ -77,6 +80,10 @@ def test_the_config_of_a_model_alone_is_a_students():
     s = check(experiment.change(chosen, ["seed=5", "student.checkpoint.initialize_from=there"], DEFAULT))
     assert s.student.model.num_hidden_layers == 28 and s.student.optimizer.learning_rate == 1e-4
     assert s.student.training.seed == 5 and s.student.checkpoint.initialize_from == "there"
+    assert (s.task.source, s.task.count) == ("files", 0)
+    assert {32768} == {each.max_tokens for each in (s.sampling, s.rejection, s.evaluation, s.reinforcement)}
+    r = s.reinforcement
+    assert (r.questions * r.group_size, r.minibatches * r.reference_every, r.learning_rate) == (8192, 400, 2e-6)
     assert complete(chosen) is chosen and s.cold_start.problems == 0 and "boxed" in s.template.directive
 
 

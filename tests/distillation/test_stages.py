@@ -142,6 +142,38 @@ def test_what_is_done_is_not_done_again(whole, copy, monkeypatch):
     assert [name for name in before if before[name] != after[name]] in ([], ["report.md"])
 
 
+def test_a_report_tells_what_was_used_and_not_what_was_asked_for_later(copy, caplog):
+    config = (copy / "config.json").read_bytes()
+    for stage, name, value, was in (("evaluate", "evaluation.temperature", 1.5, 0.6), ("sample", "sampling.seed", 5, 0),
+                                    ("evaluate", "evaluation.max_tokens", 20, 24)):
+        with pytest.raises(RequestError, match=rf"config\.{name}={value} is not the {was} that .*jsonl was drawn with"):
+            run(copy, stage, **{name: value})
+        assert (copy / "config.json").read_bytes() == config  # what is refused leaves no trace
+    run(copy, "teacher", "student", "evaluate", **{
+        "student.optimizer.learning_rate": 1e-4, "rejection.per_problem": 1, "reinforcement.kl_weight": 0.5,
+        "reinforcement.student_steps": 9, "evaluation.batch_size": 8})
+    report = (copy / "report.md").read_text()
+    assert "- `student.optimizer.learning_rate`: 0.005\n" in report and "- `reinforcement.kl_weight`: 0.0\n" in report
+    assert "`evaluation.batch_size`: 8" in report and "per_problem" not in report and "student_steps`: 9" not in report
+    assert f"{copy / 'distilled'} is finished, with config.student.optimizer.learning_rate=0.005 and not 0.0001" in (
+        caplog.text) and f"{copy / 'teacher'} is finished, with config.reinforcement.student_steps" not in caplog.text
+    (copy / "distilled/made.json").unlink()
+    run(copy, "evaluate", **{"student.optimizer.learning_rate": 1e-4})
+    report = (copy / "report.md").read_text()
+    assert "- `student.optimizer.learning_rate`: 0.005 (base); 0.0001 (distilled)\n" in report
+    assert "Of distilled there is no record: taken to be as this command says" in report
+
+
+def test_other_weights_are_another_model(copy):
+    path = copy / "evaluation/base-2.sampled.jsonl"
+    told = stages.made.read(path)
+    _, model, variables = stages.checked_weights(copy / "base")
+    assert told["weights"] == stages.made.digest(variables)
+    changed = jax.tree.map(np.array, variables)
+    changed["params"]["embed_tokens"][-1, -1] += 1e-3
+    assert stages.made.digest(changed) != told["weights"]
+
+
 def test_a_killed_sampling_goes_on_without_loss_or_repetition(copy):
     path = copy / "samples.jsonl"
     whole, told = path.read_bytes(), json.loads((copy / "sampling.json").read_text())
@@ -223,9 +255,10 @@ def test_an_empty_file_of_samples_is_refused(tmp_path):
     (tmp_path / "verified.jsonl").write_text("")
     with pytest.raises(RequestError, match=r"verified.jsonl holds no sample: nothing of what was said is right"):
         run(tmp_path, "student", **{"cold_start.student_steps": 0})
-    (tmp_path / "verified.jsonl").write_text('{"question": "1?"}\n')
-    with pytest.raises(RequestError, match=r"verified.jsonl has a line that is no kept sample"):
-        run(tmp_path, "student", **{"cold_start.student_steps": 0})
+    for line in ('{"question": "1?"}', '{"question": "1?", "response": 1}'):
+        (tmp_path / "verified.jsonl").write_text(line + "\n")
+        with pytest.raises(RequestError, match=r"verified.jsonl has a line that is no kept sample"):
+            run(tmp_path, "student", **{"cold_start.student_steps": 0})
     with pytest.raises(RequestError, match=r"config\.tuning\.files='no\*' .*matches no file"):
         run(tmp_path, "student", **{"cold_start.student_steps": 0, "tuning.files": "no*"})
 
@@ -256,12 +289,16 @@ def test_users_problems_need_their_fields_and_solutions(tmp_path):
     (["--config=experiments/distill.py", "--workdir=d", "--stage=al"], "value should be one of <teacher|sample|"),
     (["--config=experiments/distill.py:distill", "--workdir=d", "--stage=all"], "has no arm 'distill' (did you mean"),
     (["--config=experiments/distill.py", "--workdir=d", "--stage=all", "--config.method=x"], "config.method='x' must"),
+    (["--config=experiments/r1_evaluate.py:aime", "--workdir=d", "--stage=all", "--config.task.test_files={test}"],
+     "config.task.files='' names no problems to learn from: with those of a test alone, only --stage=eval"),
+    (["--config=experiments/r1_evaluate.py:aime", "--workdir=d", "--stage=all"], "task.files='' names no file: "),
     (["--config=experiments/distill.py", "--workdir=d", "--stage=all", "--config.sampling.draft_tokens=1"],
      "config.sampling.draft_tokens=1 must be 0: the teacher has no multi-token module"),
 ])
-def test_a_wrong_command_is_answered_with_one_line(words, message, capsys, monkeypatch):
+def test_a_wrong_command_is_answered_with_one_line(words, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(runs.ROOT)
-    assert exit_code(distill, *words) == 2
+    (tmp_path / "test.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n')
+    assert exit_code(distill, *(word.format(test=tmp_path / "test.jsonl") for word in words)) == 2
     out, err = capsys.readouterr()
     assert not out and err.count("\n") == 1 and message in err and not (runs.ROOT / "d").exists()
 

@@ -40,7 +40,7 @@ def pretended(monkeypatch):
             (workdir / name / "environment.json").write_text(json.dumps(ABOUT))
             step = pipelines.Run("small", name, 0, settings, workdir / name).steps
             value = (number + settings.seed) / 10
-            models[name] = {"step": step, "flops": 2e12, "pass_at_k": 0.5,
+            models[name] = {"step": step, "flops": 2e12, "pass_at_k": 0.5, "k": 4, "cons_at_k": 0.4, "tokens": 21.5,
                             "pass_at_1": {"value": value, "low": value, "high": value + 0.01}}
         path.write_text(json.dumps({"models": models}))
 
@@ -143,6 +143,8 @@ def test_the_table(tmp_path, pretended, capsys):
     page = (folder / "r1_distill.md").read_text()
     assert "| small: distilled | pass@1, % | 72.6 | 40.0 (30.0 to 50.0) |" in page and "## gpu" not in page
     assert "| small: distilled less reinforced | pass@1, % | 25.6 | 0.0 | within noise |" in page
+    assert "| small: teacher | k |  | 4 |" in page and page.count(" | k | ") == 1
+    assert "| small: distilled | cons@k, % |  | 40.0 |" in page and "| tokens of a response |  | 21.5 |" in page
     assert page.count("samples taught") == 3 and "some EPYC" in page and "seeds 0, 1, 2" in page
     assert (folder / "r1_distill.png").read_bytes().startswith(PNG)
     found = distillation.of_table(str(folder / "r1_distill.json"))

@@ -84,11 +84,11 @@ def get_config() -> ConfigDict:
     d.huggingface_dataset = ""  # huggingface: the dataset's name
     d.huggingface_config = ""
     d.huggingface_split = "train"
-    d.max_documents = 0  # take only so many documents of the source; 0: all
+    d.max_documents = 0  # take only so many documents of the source; 0: all, but of huggingface
     d.tokenizer = "bpe"  # bytes | bpe: trained on the corpus | path of a tokenizer.json or of a folder with one
     d.bpe_vocab_size = 4096
     d.cache = "~/.cache/parsimony"  # tokenizers and token files; safe to delete
-    d.validation_fraction = 0.05  # of the documents, by a hash of their content
+    d.validation_fraction = 0.05  # of the documents, by a hash of their content; of one alone, its end
     d.sequence_length = 256
     d.mask_documents = True  # attention never crosses documents; V3's pre-training did not mask
     d.needle_rate = 0.0  # share of the training rows that hide sentences and ask for them: data/needles.py

@@ -65,6 +65,9 @@ def quiet_environment() -> dict:
 
 
 def main(asked: list[str]) -> int:
+    if {"-h", "--help"} & set(asked):
+        print(__doc__)
+        return 0
     if unknown := [name for name in asked if name not in names()]:
         print(f"error: {unknown[0]!r} is no notebook; there are {', '.join(names())}", file=sys.stderr)
         return 2

@@ -7,7 +7,7 @@ Command, for each arm and seed, or all of them with their table:
     python -m research.tables --table=v2_attention --scale=cpu
 Equal size: what key and value heads save is given to query heads, 6 beside 2 and 7 beside 1 where there were 4 and 4;
 latent attention has 2% less at these widths.
-Cost: as mtp.py. Result: not yet run.
+Cost: as mtp.py. Result: results/v2_attention.md (micro; larger ones not yet run).
 """
 
 from experiments import base, nano

@@ -84,11 +84,11 @@ def get_config() -> ConfigDict:
     d.huggingface_dataset = ""  # huggingface: the dataset's name
     d.huggingface_config = ""
     d.huggingface_split = "train"
-    d.max_documents = 0  # take only so many documents of the source; 0: all
+    d.max_documents = 0  # take only so many documents of the source; 0: all, but of huggingface
     d.tokenizer = "bpe"  # bytes | bpe: trained on the corpus | path of a tokenizer.json or of a folder with one
     d.bpe_vocab_size = 4096
     d.cache = "~/.cache/parsimony"  # tokenizers and token files; safe to delete
-    d.validation_fraction = 0.05  # of the documents, by a hash of their content
+    d.validation_fraction = 0.05  # of the documents, by a hash of their content; of one alone, its end
     d.sequence_length = 256
     d.mask_documents = True  # attention never crosses documents; V3's pre-training did not mask
     d.needle_rate = 0.0  # share of the training rows that hide sentences and ask for them: data/needles.py
@@ -127,10 +127,10 @@ def get_config() -> ConfigDict:
     e.batches = 16  # batches of an evaluation during training; the one at the end takes all held-out text
     e.batch_size = 8  # sequences
     e.samples = 4  # continuations of held-out text written to samples.md
-    e.sample_tokens = 64
+    e.sample_tokens = 64  # given and written of each; at most half of data.sequence_length, said where it is cut
     e.sample_temperature = 0.8
     e.decode_prompts = 0  # held-out starts decoded greedily at the end, plain and drafted, for the summary
-    e.decode_tokens = 128  # of each
+    e.decode_tokens = 128  # of each; at most what model.max_position_embeddings leaves, said where it is cut
     # --mode=eval with mesh.expert: copies of the experts that evaluation.batches batches load most, as V3 §3.4.1
     e.redundant_experts = 0  # slots beside one for each expert, as many on each device
     e.expert_nodes = 1  # whose devices mesh.expert spans; the gate's groups stay whole, as many on each

@@ -5,7 +5,7 @@ Command, for each arm and seed, or all of them with their table:
     python -m research.main --config=experiments/experts.py:micro:fine_4 --workdir=runs/experts/fine_4-0
     python -m research.tables --table=moe_architecture --scale=cpu
 An expert of full width is two of nano's. All arms are balanced as V3 is, where the paper has a loss of experts.
-Cost: up to 3 times mtp.py's, not measured. Result: not yet run.
+Cost: up to 3 times mtp.py's, not measured. Result: results/moe_architecture.md (micro; larger not yet run).
 """
 
 from experiments import base, nano

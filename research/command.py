@@ -141,12 +141,25 @@ def parse_flags(argv: list[str], values: flags.FlagValues) -> None:
             argv = [re.sub(r"^--?config\.", "--config.=", word) for word in argv]
         rest = values(argv)
     except flags.UnrecognizedFlagError as error:
-        raise RequestError(f"--{error.flagname} is not a flag{nearest(error.flagname, values, '--')}") from None
+        raise RequestError(f"--{error.flagname} is not a flag"
+                           f"{_field(error.flagname, values) or nearest(error.flagname, values, '--')}") from None
     except flags.Error as error:
         said = str(error).removeprefix("ERROR:: ")
-        raise RequestError(re.sub(r"\('(Non-boolean .*?)', .*\)$", r"\1", said)) from None
+        said = re.sub(r"\('(Non-boolean .*?)', .*\)$", r"\1", said)
+        said = re.sub(r"invalid literal for int\(\) with base 10: .*", "must be a whole number", said)
+        raise RequestError(re.sub("could not convert string to float: .*", "must be a number", said)) from None
     if len(rest) > 1:
         raise RequestError(f"{rest[1]!r} is not a flag: flags are written --name=value")
+
+
+def _field(name: str, values: flags.FlagValues) -> str:
+    """` (did you mean --config.X?)` for a field of the configuration, or its last part, written as a flag."""
+    from experiments import base
+    from research.experiment import flatten
+
+    fields = flatten(base.get_config().to_dict()) if "config." in values else ()
+    found = [field for field in fields if name in (field, field.rsplit(".", 1)[-1])]
+    return f" (did you mean --config.{found[0]}?)" if found else ""
 
 
 def usage(values: flags.FlagValues) -> str:

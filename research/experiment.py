@@ -32,7 +32,9 @@ def load(argument: str) -> ConfigDict:
     if not path.is_file():
         reason = "is a directory: name one of its files" if path.is_dir() else "does not exist"
         others = [other.as_posix() for other in sorted(path.parent.glob("[!_]*.py"))]
-        raise RequestError(f"--config={name} {reason}{nearest(path.as_posix(), others)}")
+        own = Path("experiments") / f"{path.stem}.py"
+        meant = f" (did you mean {own}?)" if own.is_file() else nearest(path.as_posix(), others)
+        raise RequestError(f"--config={name} {reason}{meant}")
     scope = {"__name__": path.stem, "__file__": str(path)}
     try:
         exec(compile(path.read_bytes(), path, "exec"), scope)

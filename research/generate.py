@@ -126,8 +126,10 @@ class Writer:
 
 def check_flags() -> None:
     """RequestError for the first flag that cannot be meant."""
+    from research.config import LARGEST
     from research.decoding.cache import STORAGE
     from research.decoding.forward import WEIGHTS
+    from research.decoding.generate import MOST_DRAFTS
 
     if not _CHECKPOINT.value:
         raise RequestError("--checkpoint is required: a workdir, or a Hugging Face folder")
@@ -138,6 +140,10 @@ def check_flags() -> None:
             raise RequestError(f"--{flag.name}={flag.value} must be at least 1")
     if _DRAFTS.value is not None and not _SPECULATIVE.value:
         raise RequestError(f"--draft_tokens={_DRAFTS.value} needs --speculative")
+    if _DRAFTS.value is not None and _DRAFTS.value > MOST_DRAFTS:
+        raise RequestError(f"--draft_tokens={_DRAFTS.value} must be at most {MOST_DRAFTS}")
+    if not 0 <= _SEED.value <= LARGEST:
+        raise RequestError(f"--seed={_SEED.value} must be from 0 to {LARGEST}")
     if _SYSTEM.value is not None and not _CHAT.value:
         raise RequestError("--system needs --chat")
     if "" in _STOP.value:
@@ -158,8 +164,12 @@ def sampling():
 
 def read_prompts() -> list[str]:
     """The texts to continue; none is empty."""
-    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in _PROMPTS.value]
     name = "--prompt"
+    try:
+        prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in _PROMPTS.value]
+        "".join(prompts).encode()  # Python reads other bytes of a command line as lone surrogates
+    except UnicodeError:
+        raise RequestError(f"{name} is not UTF-8 text") from None
     if _FILE.value:
         name = f"--prompts_file={_FILE.value!r}"
         try:

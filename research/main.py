@@ -22,7 +22,8 @@ _WORKDIR = flags.DEFINE_string(
     "Hugging Face folder.", FLAGS)
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "eval"], "train, or evaluate the newest checkpoint on all held-out text.", FLAGS)
-_PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of three steps to WORKDIR/profile, for xprof.", FLAGS)
+_PROFILE = flags.DEFINE_bool(
+    "profile", False, "Write a trace of three steps, or of what is left, to WORKDIR/profile, for xprof.", FLAGS)
 _ADDRESS = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0, where all processes of the run meet.", FLAGS)
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the run has; 1: no others, whatever a "
@@ -41,6 +42,8 @@ def main() -> None:
     if foreign and (_MODE.value == "train" or _CONFIG.value):
         raise RequestError(f"--workdir={workdir} is a Hugging Face folder: it is evaluated without --config, and a run "
                            "starts from it with --config.checkpoint.initialize_from")
+    if _PROFILE.value and _MODE.value == "eval":
+        raise RequestError("--profile traces steps of training: --mode=eval has none")
     if _CONFIG.value:
         chosen = experiment.load(_CONFIG.value)
     elif _MODE.value == "eval":

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from colabs import REPOSITORY
+from colabs.__main__ import main
 from colabs.form import KEPT, SIGNED, badge, first_cell, is_noise, merged, slim
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,7 +112,8 @@ def unfit(function, call) -> list[str]:
 
 
 def test_there_are_notebooks():
-    assert {"cost", "fp8", "mla", "paper_tables", "quickstart", "routing"} <= {path.stem for path in PATHS}
+    assert {"cost", "distillation", "fp8", "mla", "multi_token", "paper_tables", "quickstart", "routing"} <= {
+        path.stem for path in PATHS}
 
 
 def test_imports_and_calls_exist(notebook):
@@ -216,3 +218,7 @@ def test_the_badge_replaces_the_old_one():
     once = badge("mla", "# Title\n\ntext", "a/b")
     assert badge("mla", once, "a/b") == once and badge("mla", once, "c/d").count("[![") == 1
     assert "github/c/d/blob/main/colabs/mla.ipynb" in badge("mla", once, "c/d") and once.endswith("# Title\n\ntext")
+
+
+def test_help(capsys):
+    assert main(["--help"]) == 0 and "python -m colabs" in capsys.readouterr().out

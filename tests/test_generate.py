@@ -155,13 +155,16 @@ def test_text_is_written_as_far_as_it_is_certain():
     (["--checkpoint={folder}", "--prompt=x", "--stop="], "--stop='' would end every continuation"),
     (["--checkpoint={folder}", "--prompt=x", "--draft_tokens=2"], "--draft_tokens=2 needs --speculative"),
     (["--checkpoint={folder}", "--prompt=x", "--speculative", "--draft_tokens=0"], "--draft_tokens=0 must be at least"),
+    (["--checkpoint={folder}", "--prompt=x", "--speculative", "--draft_tokens=17"], "draft_tokens=17 must be at most"),
+    (["--checkpoint={folder}", "--prompt=x", f"--seed={10**20}"], f"--seed={10**20} must be from 0 to 2147483647"),
+    (["--checkpoint={folder}", "--prompt=\udcff\udcfe"], "--prompt is not UTF-8 text"),
     (["--checkpoint={bare}", "--prompt=x", "--speculative"], "has no multi-token module to draft with"),
     (["--checkpoint={folder}", "--prompt=x", "--recipe=float23"], r"--recipe='float23' .*did you mean float32"),
     (["--checkpoint={folder}", "--prompt=x", "--cache_dtype=fp9"], r"--cache_dtype='fp9' .*did you mean fp8"),
     (["--checkpoint={folder}", "--prompt=x", "--weights=int"], "--weights='int' must be one of .*did you mean int"),
     (["--checkpoint={folder}", "--prompt=x", "--chat"], "--chat: the checkpoint has no chat template: "),
     (["--checkpoint={folder}", "--prompt=x", "--system=y"], "--system needs --chat"),
-    (["--checkpoint={folder}", "--prompt=x", "--seed=one"], "seed"),
+    (["--checkpoint={folder}", "--prompt=x", "--seed=one"], "flag --seed=one: must be a whole number$"),
     (["--checkpoint={folder}", "--promt=x"], r"--promt is not a flag \(did you mean --prompt\?\)"),
 ])
 def test_wrong_requests(words, pattern, folder, bare, capsys):

@@ -15,8 +15,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import base
 from research.errors import RequestError
 
+READ_BY = {  # fields that some sources alone read
+    "files": ("files",), "text_field": ("files", "huggingface"), "huggingface_dataset": ("huggingface",),
+    "huggingface_config": ("huggingface",), "huggingface_split": ("huggingface",)}
 # not the library, or its tests: three fifths of the text where they are installed, absent from many Pythons
 _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
@@ -37,12 +41,17 @@ class Document:
 def documents(data: Any) -> list[Document]:
     """All documents of `data.source` (settings' data group), at most `data.max_documents`, in a fixed order.
 
-    Blank documents are left out. Raises RequestError for an unknown source, for files that are missing,
-    unreadable or malformed, and where nothing is left.
+    Blank documents are left out. Raises RequestError for an unknown source, for a field that another source would
+    read, for files that are missing, unreadable or malformed, and where nothing is left.
     """
     readers = {"stdlib": _stdlib, "files": _files, "huggingface": _huggingface}
     if data.source not in readers:
         raise RequestError.field("data.source", data.source, f"is none of {', '.join(readers)}")
+    default = base.get_config().data
+    for name, those in READ_BY.items():
+        if data[name] != default[name] and data.source not in those:
+            raise RequestError.field(f"data.{name}", data[name], "is read with config.data.source="
+                                     f"{' or '.join(map(repr, those))} alone, not {data.source!r}")
     found = list(itertools.islice(readers[data.source](data), data.max_documents or None))
     if not found:
         raise RequestError.field("data.source", data.source, "yields no document with text in it")
@@ -57,9 +66,17 @@ def place_of(digest: bytes) -> float:
 def split(found: Sequence[Document], fraction: float) -> tuple[list[Document], list[Document]]:
     """(training, validation) documents: held out are those whose hash, as a number in [0, 1), is below `fraction`.
 
-    The same text is on the same side on every machine, in every order and in every corpus; order is kept.
+    The same text is on the same side on every machine, in every order and in every corpus; order is kept. Of one text
+    alone, as a book in a file, the last `fraction` of its characters is held out.
     Raises RequestError where a `fraction` above 0 and below 1 leaves either side empty, naming one that does not.
     """
+    if 0 < fraction < 1 and len(found) == 1:
+        name, text = found[0].name, found[0].text
+        end = math.ceil(len(text) * (1 - fraction))
+        if text[:end].strip() and text[end:].strip():
+            return [Document(name, text[:end])], [Document(name, text[end:])]
+        raise RequestError.field("data.validation_fraction", fraction, f"leaves nothing of a text of {len(text)} "
+                                 f"characters for {'validation' if text[:end].strip() else 'training'}")
     places = [place_of(document.digest) for document in found]
     train = [document for document, place in zip(found, places, strict=True) if place >= fraction]
     validation = [document for document, place in zip(found, places, strict=True) if place < fraction]
@@ -67,7 +84,7 @@ def split(found: Sequence[Document], fraction: float) -> tuple[list[Document], l
         distinct = sorted(set(places))
         side = "validation" if train else "training"
         if len(distinct) == 1:
-            way = "one text cannot be split: give more files or JSON lines, or set it to 0"
+            way = "they are one text, again and again"
         else:
             enough = math.floor(distinct[0] * 1e4 + 1) / 1e4 if train else math.floor(distinct[-1] * 1e4) / 1e4
             way = f"{enough:.4f} is {'the least' if train else 'the most'} that does not"
@@ -190,11 +207,14 @@ def _huggingface(data: Any) -> Iterator[Document]:
 
     if not data.huggingface_dataset:
         raise RequestError.field("data.huggingface_dataset", "", "is empty: expected a dataset's name")
+    if not data.max_documents:
+        raise RequestError.field("data.max_documents", 0, "must say how many documents at most: a dataset is read into "
+                                 "memory before the first step")
     try:
         import datasets  # optional: this source alone needs it
     except ImportError:
         raise RequestError.field(
-            "data.source", data.source, "needs a package that is not installed: pip install datasets"
+            "data.source", data.source, "needs a package that is not installed: pip install -r requirements-data.txt"
         ) from None
     name, config, part = data.huggingface_dataset, data.huggingface_config, data.huggingface_split
     try:

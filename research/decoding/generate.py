@@ -17,7 +17,7 @@ from research.environment import give_back_memory
 
 CHUNK = 256  # prompt tokens of one pass at the most
 SMALLEST_BUCKET = 64  # prompts and caches are rounded up to powers of two from here, each compiled once
-
+MOST_DRAFTS = 16  # each is unrolled: 200 of them compile for a quarter of an hour
 
 GREEDY = Sampling()
 
@@ -151,6 +151,8 @@ def check_request(model, prompts, max_tokens: int, draft_tokens: int) -> None:
     M, most = model.mtp.num_nextn_predict_layers, model.config.max_position_embeddings
     if draft_tokens and not M:
         raise ValueError("the checkpoint has no multi-token module to draft with")
+    if draft_tokens > MOST_DRAFTS:
+        raise ValueError(f"draft_tokens={draft_tokens} must be at most {MOST_DRAFTS}")
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} must be at least 1")
     if not prompts:

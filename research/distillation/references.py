@@ -55,7 +55,8 @@ def main() -> None:
     try:
         answers = [json.loads(line)[_FIELD.value] for line in Path(_FILE.value).expanduser().read_text().splitlines()]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"--file={_FILE.value!r} with --answer_field={_FIELD.value!r} cannot be read: {error!r}"
+        why = error.strerror if isinstance(error, OSError) else repr(error)
+        raise RequestError(f"--file={_FILE.value!r} with --answer_field={_FIELD.value!r} cannot be read: {why}"
                            ) from None
     start, unequal, right, wrong = time.perf_counter(), [], {}, {}
     with Checker(_TIMEOUT.value) as checker:

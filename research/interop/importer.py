@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from research.data.tokenizer import Tokenizer
 from research.interop import storage
 from research.interop.carried import carry
 from research.interop.destination import Writer, built, put_file
@@ -28,6 +29,8 @@ def import_folder(source: Path, destination: Path, quantize: str | None, dtype: 
     those of the source's config.json.
     """
     settings = read_settings(source)
+    if (source / "tokenizer.json").is_file():
+        Tokenizer.load(source)  # refuses what would be carried along torn
     arrays = arrays_of(settings)
     tensors, repeated = checked_tensors(source, settings, arrays)
     dtypes = _dtypes(source, arrays, tensors, quantize, dtype)

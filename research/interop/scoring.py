@@ -1,6 +1,7 @@
 """Logits of a checkpoint, ours or Hugging Face's, for the token ids of a file, into a file."""
 
 import os
+import zipfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,7 @@ def read_tokens(path: Path) -> np.ndarray:
         raise
     except Exception as error:  # zipfile, zlib and NumPy's header parser each fail in ways of their own
         why = " ".join(str(error).split()) or type(error).__name__
+        why = why if zipfile.is_zipfile(path) else "it is no zip archive"
         raise RequestError(f"--tokens={str(path)!r} cannot be read as an .npz of plain arrays: {why}") from None
     if not isinstance(input_ids_BT, np.ndarray) or input_ids_BT.dtype.kind not in "iu":
         kind = getattr(input_ids_BT, "dtype", "raw bytes")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tqdm import tqdm
+from absl import logging
 
 from research import environment
 from research.accounting.parameters import is_routed_expert
@@ -20,6 +20,7 @@ from research.model.build import make_model, variable_shapes
 from research.parallel import hosts
 from research.parallel.mesh import make_mesh
 from research.parallel.placement import fullest, place, slots_of
+from research.training.metrics import Progress
 from research.training.step import make_eval_step, shardings_of
 from research.tree import map_paths, paths
 
@@ -35,16 +36,19 @@ def evaluate(eval_step, state, corpus, settings, batches: int | None = None, bar
     MaxVio of the former, averaged over layers (MaxVio_global of 2408.15664). Where the gate knows groups,
     `groups_a_token` (L,): in how many of them a token's experts lie. With redundant experts, `device_load` (2,): of
     the fullest device of mesh.expert, over the mean, averaged over layers, as experts lie in training and as they lie
-    now. bar: show on a terminal how far it is.
+    now. bar: say how far it is, as training does.
     """
     params = state["params"] if state["ema"] is None else state["ema"]
     sums = None
-    shown = None if bar and hosts.is_first() else True
-    with tqdm(total=corpus.validation.targets, unit=" tokens", disable=shown) as progress:
-        for batch in corpus.validation_batches(settings, batches):
-            part = jax.tree.map(lambda x: np.asarray(x, np.float64), eval_step(params, state["routing"], batch))
-            sums = part if sums is None else jax.tree.map(np.add, sums, part)
-            progress.update(int(part["targets"]))
+    progress = Progress(corpus.validation.targets, 0, bar and hosts.is_first(), "token")
+    for batch in corpus.validation_batches(settings, batches):
+        part = jax.tree.map(lambda x: np.asarray(x, np.float64), eval_step(params, state["routing"], batch))
+        if sums is None and bar and hosts.is_first():  # nothing is said of a request that compiling refuses
+            logging.info("evaluates %s bytes held out of config.data.source=%r", f"{corpus.validation_bytes:,}",
+                         settings.data.source)
+        sums = part if sums is None else jax.tree.map(np.add, sums, part)
+        progress.update(int(sums["targets"]), f"loss {sums['nats'] / max(sums['targets'], 1):.3f}")
+    progress.close()
     loss = float(sums["nats"] / max(sums["targets"], 1))
     return {
         "loss": loss,
@@ -126,12 +130,12 @@ def evaluate_weights(settings, folder: Path) -> dict:
     if wrong:
         raise RequestError(f"--workdir={folder} holds another model: {wrong}")
     environment.pin_threads()
-    return on_held_out(model, jax.device_put(variables) | {"ema": None}, corpus, settings, True)
+    return on_held_out(model, jax.device_put(variables) | {"ema": None}, corpus, settings)
 
 
-def on_held_out(model, state, corpus, settings, bar: bool = False) -> dict:
+def on_held_out(model, state, corpus, settings) -> dict:
     """What `summary.of_evaluation` prints: a state's evaluation on all held-out text, and gzip's figure beside it."""
     if settings.evaluation.redundant_experts:
         model, state = with_redundant_experts(model, state, corpus, settings)
     return {"gzip_bits_per_byte": corpus.gzip_bits_per_byte, "held_out_bytes": corpus.validation_bytes,
-            "validation": evaluate(make_eval_step(model, settings), state, corpus, settings, None, bar)}
+            "validation": evaluate(make_eval_step(model, settings), state, corpus, settings, None, True)}

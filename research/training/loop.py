@@ -83,7 +83,7 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
         progress = Progress(steps, step, hosts.is_first())
         stack.callback(progress.close)
         stop = stack.enter_context(StopRequests(hosts.Stops(model.products.mesh) if hosts.several() else None))
-        profiler = Profiler(workdir / "profile", first + 3 if profile and hosts.is_first() else None)
+        profiler = Profiler(workdir / "profile", first, steps) if profile and hosts.is_first() else None
         flops_per_token = flops.training_per_token(settings)
         compiled, eval_step = {}, make_eval_step(model, settings)
         pending, ready = None, 0.0  # the step whose metrics are not read yet: (step, metrics, tokens, dispatched)
@@ -144,13 +144,15 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
                 read_pending()
                 with clock.phase("compile"):
                     compiled[shapes] = step_function.lower(state, batch).compile()
-            profiler.before(step)
+            if profiler:
+                profiler.before(step)
             dispatched = time.perf_counter()
             asked = stop.asked()  # known when the step before is, for which `read_pending` waits
             state, metrics = compiled[shapes](state, batch)
             read_pending()
             pending = (step, metrics, size, dispatched)
-            profiler.after(step, metrics, step == steps)
+            if profiler:
+                profiler.after(step, metrics)
             stops = bool(stop.agreed(asked))
             saves = step == steps or bool(saving.every_steps and step % saving.every_steps == 0)
             if evaluates() or saves or stops:
@@ -267,18 +269,23 @@ def machines(settings) -> int:
 
 
 class Profiler:
-    """A trace for xprof of three steps, once what is compiled has run, in `folder`."""
+    """A trace for xprof, in `folder`, of three of the steps `first` to `last`, once what is compiled has run if so
+    many are left."""
 
-    def __init__(self, folder: Path, first: int | None):
-        self.folder, self.first, self.running = folder, first, False
+    def __init__(self, folder: Path, first: int, last: int):
+        self.folder, self.running = folder, False
+        self.first = max(first, min(first + 3, last - 2))
+        self.last = min(self.first + 2, last)
+        if first > last:
+            logging.warning("--profile: no step is left to trace")
 
     def before(self, step: int) -> None:
         if step == self.first:
             jax.profiler.start_trace(str(self.folder))
             self.running = True
 
-    def after(self, step: int, metrics, last: bool) -> None:
-        if self.running and (last or step == self.first + 2):
+    def after(self, step: int, metrics) -> None:
+        if self.running and step == self.last:
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
             self.running = False

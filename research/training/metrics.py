@@ -139,8 +139,8 @@ def to_plain(metrics: dict) -> dict:
 class Progress:
     """How far a run is, on stderr: a bar with an ETA on a terminal, elsewhere a line every half minute."""
 
-    def __init__(self, steps: int, done: int, shown: bool = True):
-        self._steps, self._bar = steps, None
+    def __init__(self, steps: int, done: int, shown: bool = True, unit: str = "step"):
+        self._steps, self._shown, self._unit, self._bar = steps, shown, unit, None
         self._first, self._start, self._said = None, 0.0, 0.0  # of the lines: where and when the first step was done
         if shown and sys.stderr.isatty():
             self._bar = tqdm(
@@ -152,13 +152,13 @@ class Progress:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update()
+            self._bar.update(step - self._bar.n)
         elif self._first is None:
             self._first, self._start, self._said = step, now, now
-        elif now - self._said >= 30:
+        elif self._shown and now - self._said >= 30:
             self._said = now
             left = (now - self._start) / (step - self._first) * (self._steps - step)
-            logging.info("step %d of %d: %s, %s left", step, self._steps, text, tqdm.format_interval(left))
+            logging.info("%s %d of %d: %s, %s left", self._unit, step, self._steps, text, tqdm.format_interval(left))
 
     def close(self) -> None:
         if self._bar is not None:

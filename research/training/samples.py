@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from absl import logging
+
 from research.decoding.generate import Decoder, Generation, joined
 from research.decoding.sampling import Sampling
 from research.files import write_whole
@@ -10,7 +12,7 @@ from research.files import write_whole
 def write(model, state, corpus, settings, path: Path) -> None:
     """Writes `evaluation.samples` continuations of the starts of held-out documents as Markdown."""
     e, tokenizer = settings.evaluation, corpus.tokenizer
-    width = min(e.sample_tokens, settings.data.sequence_length // 2)
+    width = cut("sample_tokens", e.sample_tokens, settings.data.sequence_length // 2) if e.samples else 0
     names, starts = starts_of(corpus, e.samples, width)
     if not starts:
         return
@@ -52,12 +54,19 @@ def time_decoding(model, state, corpus, settings) -> dict[str, Generation]:
     e, found = settings.evaluation, {}
     width = min(e.sample_tokens, settings.data.sequence_length // 2)
     _, starts = starts_of(corpus, e.decode_prompts, width)
-    tokens = min(e.decode_tokens, settings.model.max_position_embeddings - width)
+    tokens = cut("decode_tokens", e.decode_tokens, settings.model.max_position_embeddings - width) if starts else 0
     decoder = Decoder(model, weights_of(state)) if starts else None
     for name, drafts in (("plain", 0), ("drafted", settings.mtp.num_nextn_predict_layers)):
         if decoder and (drafts or name == "plain"):
             found[name] = joined([decoder.generate([start], tokens, draft_tokens=drafts) for start in starts])
     return found
+
+
+def cut(name: str, asked: int, room: int) -> int:
+    """The number of tokens of a field of `evaluation`, or how many there is room for, with a warning."""
+    if asked > room:
+        logging.warning("config.evaluation.%s=%d is cut to the %d tokens that there is room for", name, asked, room)
+    return min(asked, room)
 
 
 def fenced(text: str) -> str:

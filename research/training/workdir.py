@@ -85,7 +85,7 @@ def write_files(settings, workdir: Path, corpus, peak: float) -> None:
             before, now = (flatten(json.loads(s.to_json())) for s in (config.read(workdir), settings))
             for name in now:
                 if before[name] != now[name]:
-                    logging.warning("config.%s was %s and is %s now", name, before[name], now[name])
+                    logging.warning("config.%s was %r and is %r now", name, before[name], now[name])
     write_whole(path, settings.to_json())
     corpus.tokenizer.save(workdir / "tokenizer.json")
     record = environment.describe() | {"corpus_hash": corpus.corpus_hash, "matmul_peak_flops": peak}

@@ -326,7 +326,8 @@ def test_shares_are_the_batch_of_one_process(cache: Path, corpus: Corpus):
 
 
 def test_the_default_corpus_needs_no_optional_package(cache: Path):
-    fields = {"data.source": "stdlib", "data.max_documents": 60, "data.tokenizer": "bpe", "data.bpe_vocab_size": 400}
+    fields = {"data.source": "stdlib", "data.files": "", "data.max_documents": 60, "data.tokenizer": "bpe",
+              "data.bpe_vocab_size": 400}
     corpus = load_corpus(settings_of(cache, **fields))
     assert corpus.tokenizer.vocab_size == 400
     batch = next(TrainBatches(corpus, settings_of(cache, **fields)))

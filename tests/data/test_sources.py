@@ -94,8 +94,8 @@ def test_the_text_field_is_named_by_the_config(tmp_path: Path):
 @pytest.mark.parametrize("source", ["stdlib", "files"])
 def test_max_documents_takes_the_first(tmp_path: Path, source: str):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": str(n)}) + "\n" for n in range(9)))
-    every = data_of(source=source, files=f"{tmp_path}/a.jsonl")
-    some = data_of(source=source, files=f"{tmp_path}/a.jsonl", max_documents=4)
+    files = f"{tmp_path}/a.jsonl" if source == "files" else ""
+    every, some = (data_of(source=source, files=files, max_documents=most) for most in (0, 4))
     assert sources.documents(some) == sources.documents(every)[:4]
 
 
@@ -211,11 +211,13 @@ def test_huggingface_streams_as_many_as_asked(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_huggingface_errors_are_one_line(monkeypatch: pytest.MonkeyPatch):
-    asked = {"source": "huggingface", "huggingface_dataset": "x/y"}
+    asked = {"source": "huggingface", "huggingface_dataset": "x/y", "max_documents": 9}
     with pytest.raises(RequestError, match="config.data.huggingface_dataset='' is empty"):
         sources.documents(data_of(source="huggingface"))
+    with pytest.raises(RequestError, match="config.data.max_documents=0 must say how many documents"):
+        sources.documents(data_of(**asked | {"max_documents": 0}))
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(RequestError, match=r"config.data.source='huggingface' needs .*: pip install datasets"):
+    with pytest.raises(RequestError, match=r"config.data.source='huggingface' needs .*-r requirements-data.txt"):
         sources.documents(data_of(**asked))
     fake_datasets(monkeypatch, [], ValueError("Bad split\nmore"))
     with pytest.raises(RequestError, match=r"huggingface_dataset='x/y' cannot be read: Bad split$"):
@@ -285,10 +287,15 @@ def test_a_side_left_empty_is_refused_with_a_fraction_that_works(fraction: float
     assert validation
 
 
-def test_one_text_cannot_be_split():
-    found = [Document("a", "same"), Document("b", "same")]
-    with pytest.raises(RequestError, match=r"validation_fraction=0.02 .*: one text cannot be split: give more"):
-        sources.split(found, 0.02)
+def test_of_one_text_the_end_is_held_out():
+    text = "".join(map(str, range(50)))
+    assert sources.split([Document("a", text)], 0.1) == ([Document("a", text[:81])], [Document("a", text[81:])])
+    assert sources.split([Document("a", text)], 0.0) == ([Document("a", text)], [])
+    for text, side in (("abc", "validation"), ("  abc", "training")):
+        with pytest.raises(RequestError, match=rf"leaves nothing of a text of {len(text)} characters for {side}$"):
+            sources.split([Document("a", text)], 0.2 if side == "validation" else 0.6)
+    with pytest.raises(RequestError, match="leaves none of 2 documents for validation: they are one text, again"):
+        sources.split([Document("a", "same"), Document("b", "same")], 0.02)
 
 
 def test_gzip_figure_by_hand_is_that_of_the_concatenation():

@@ -295,6 +295,7 @@ def test_a_copy_that_differs(tmp_path):
     (lambda folder: os.truncate(folder / "model-00002-of-00002.safetensors", 99_999), "it is truncated"),
     (lambda folder: os.truncate(folder / "model-00001-of-00002.safetensors", 99), "its header says it has"),
     (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
+    (lambda folder: (folder / "tokenizer.json").write_text("[1"), "tokenizer.json: not a tokenizer.json: "),
 ])
 def test_a_damaged_folder(damaged, expected, tmp_path):
     folder = Path(shutil.copytree(FP8_FOLDER, tmp_path / "a"))

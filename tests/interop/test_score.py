@@ -147,7 +147,7 @@ BAD_TOKENS = {
     "no file": (lambda path: None, "does not exist"),
     "a directory": (lambda path: path.mkdir(), "is not a file"),
     "a pipe": (os.mkfifo, "is not a file"),
-    "text": (lambda path: path.write_text("1 2 3"), "cannot be read"),
+    "text": (lambda path: path.write_text("1 2 3"), "cannot be read as an .npz of plain arrays: it is no zip archive"),
     "an empty file": (lambda path: path.write_bytes(b""), "cannot be read"),
     "an .npy array": (lambda path: np.save(path.open("wb"), np.ones((1, 2), int)), "not an .npz"),
     "another key": (lambda path: np.savez(path, ids=np.ones((1, 2), int)), "lacks input_ids; it holds 'ids'"),
@@ -239,7 +239,7 @@ def test_the_command(tmp_path):
     assert "is not a file" in done.stderr and done.stderr.count("\n") == 1 and not (tmp_path / "out.npz").exists()
 
 
-@pytest.mark.parametrize("change, expected", [(slice(2), "--output"), (["--recipe=fp"], "--recipe='fp'"),
+@pytest.mark.parametrize("change, expected", [(slice(2), "--output is required: "), (["--recipe=fp"], "--recipe='fp'"),
                                               (["--tokns=x"], "tokns")])
 def test_wrong_flags(change, expected, tmp_path, capsys):
     flags = [f"--checkpoint={V3}", f"--tokens={tokens(tmp_path, 1, 4)}", f"--output={tmp_path / 'out.npz'}"]

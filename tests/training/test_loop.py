@@ -331,3 +331,22 @@ def test_a_wrong_request_leaves_no_workdir(tmp_path):
     with pytest.raises(RequestError), owned(tmp_path / "a"):
         raise RequestError("wrong")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("first, last, traced", [
+    (1, 20, [4, 5, 6]), (18, 20, [18, 19, 20]), (1, 2, [1, 2]), (3, 2, [])])
+def test_a_profile_is_of_three_steps_or_what_is_left(first, last, traced, tmp_path, monkeypatch, caplog):
+    seen, at = [], {}
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: at.update(start=at["step"]))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: seen.extend(range(at["start"], at["step"] + 1)))
+    profiler = loop.Profiler(tmp_path, first, last)
+    for at["step"] in range(first, last + 1):
+        profiler.before(at["step"])
+        profiler.after(at["step"], None)
+    assert seen == traced and ("no step is left" in caplog.text) is not bool(traced)
+
+
+def test_a_length_that_is_cut_is_said(caplog):
+    assert loop.samples.cut("sample_tokens", 32, 32) == 32 and not caplog.text
+    assert loop.samples.cut("sample_tokens", 5000, 32) == 32
+    assert "config.evaluation.sample_tokens=5000 is cut to the 32 tokens" in caplog.text

@@ -22,7 +22,7 @@ MESHES = {
     "tensor and expert": {"tensor": 2, "expert": 4},
     "one in pieces": {},
     "pipeline": {"pipeline": 4},
-    "pipeline and expert": {"pipeline": 2, "expert": 4},
+    "pipeline and expert": {"pipeline": 2, "fsdp": 2, "expert": 2},
 }
 PIPELINES = ("pipeline", "pipeline and expert")
 ZERO_BUBBLE = "pipeline"

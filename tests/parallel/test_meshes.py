@@ -203,9 +203,9 @@ def test_a_device_holds_its_share(found):
     assert found["tensor and expert"]["held"][matrix] == [1, 16, 20]
     assert found["one in pieces"]["held"][experts] == [4, 8, 16, 40]
     assert found["pipeline"]["held"][experts] == [1, 8, 16, 40]
-    assert found["pipeline and expert"]["held"][experts] == [2, 2, 16, 40]
-    assert found["pipeline and expert"]["held"]["lm_head"] == [16, 32]  # and all else is on every stage
-    assert found["pipeline and expert"]["held"]["dense_layers/mlp/gate_proj/kernel"] == [1, 16, 24]
+    assert found["pipeline and expert"]["held"][experts] == [2, 4, 8, 40]
+    assert found["pipeline and expert"]["held"]["lm_head"] == [8, 32]  # and all else is on every stage
+    assert found["pipeline and expert"]["held"]["dense_layers/mlp/gate_proj/kernel"] == [1, 8, 24]
 
 
 def test_moments_are_split_as_far_as_a_dimension_divides():

@@ -14,7 +14,10 @@ Command, the first once:
         --config.sampling.checkpoint=runs/drafting/cold_start
 The last for `drafts_2` and `drafts_3` as well. Claims, written before it was trained: at least 85% of first drafts
 accepted; at least 1.5 times plain decoding with the best number of drafts.
-Result: not yet run.
+Result (two cores of the newest machine, quiet, two turns, --config.sampling.problems=100, 2,854 tokens each; trained at
+bf3acdc with this file, 24 minutes beside other work, to 0.128 bits a byte): plain 119-121 tokens/s; one draft 169-175,
+98.9% accepted; two 192-193, 95.5%; three 224-235, 95.5%: 1.42, 1.60 and 1.91 times plain, prompts included. Both
+claims hold, for text that is as sure as this.
 """
 
 from experiments import base, distill

@@ -17,7 +17,7 @@ BLOCK = 512  # outputs of a block: 3 MB of floats at 1,536 inputs
 
 
 def product(x_XD, w: Narrow, matrix_X=None):
-    """See the reference. Of a stack each row reads its own matrix, one row after the other."""
+    """See the reference. Of a stack each row reads its own matrix, one row after the other: slow for a long prompt."""
     if matrix_X is not None:
         def of_row(_, row):
             x_D, e = row

@@ -50,8 +50,9 @@ def documents(data: Any) -> list[Document]:
     default = base.get_config().data
     for name, those in READ_BY.items():
         if data[name] != default[name] and data.source not in those:
-            raise RequestError.field(f"data.{name}", data[name], "is read with config.data.source="
-                                     f"{' or '.join(map(repr, those))} alone, not {data.source!r}")
+            wanted = " or ".join(map(repr, those))
+            raise RequestError.field(f"data.{name}", data[name], f"is read with config.data.source={wanted} alone, not "
+                                     f"{data.source!r}: set it to {default[name]!r}")
     found = list(itertools.islice(readers[data.source](data), data.max_documents or None))
     if not found:
         raise RequestError.field("data.source", data.source, "yields no document with text in it")
@@ -209,7 +210,7 @@ def _huggingface(data: Any) -> Iterator[Document]:
         raise RequestError.field("data.huggingface_dataset", "", "is empty: expected a dataset's name")
     if not data.max_documents:
         raise RequestError.field("data.max_documents", 0, "must say how many documents at most: a dataset is read into "
-                                 "memory before the first step")
+                                 "memory before the first step (a number that is large enough gives all of it)")
     try:
         import datasets  # optional: this source alone needs it
     except ImportError:

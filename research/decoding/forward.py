@@ -40,7 +40,8 @@ def storage(model: Transformer, weights: str | None) -> dict[str, str | None]:
     """Formats of the projections with the routed experts, of the embedding and of the head; None: the recipe's dtype.
 
     weights: None; int8 or int4, where the embedding has 8 bits in either, and so has a head that is its transpose (of a
-    row too little is saved); fp8_blocks, as DeepSeek-V3 is released: embedding and head stay floats. Else ValueError.
+    row too little is saved); fp8_blocks, as DeepSeek-V3 is released: embedding, head and `eh_proj` stay floats (and
+    `kv_b_proj`, for its two factors are absorbed: see `prepare`). Else ValueError.
     """
     if weights not in (None, *WEIGHTS):
         raise ValueError(f"weights={weights!r} must be one of {', '.join(WEIGHTS)}")
@@ -91,7 +92,8 @@ def _kept(tree, model, weights: str | None):
         if path.endswith(("/scale", "/bias", "gate/kernel")):
             return jnp.asarray(x, jnp.float32)
         name = path.removesuffix("/kernel").split("/")[-1]
-        return _stored(x, format if name in NARROW else None, model)
+        released_in_16 = weights == "fp8_blocks" and name == "eh_proj"
+        return _stored(x, format if name in NARROW and not released_in_16 else None, model)
 
     return map_paths(keep, tree, is_leaf=lambda x: isinstance(x, Blocks))
 

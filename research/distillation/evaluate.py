@@ -158,7 +158,9 @@ def _samples(workdir: Path) -> list[str]:
 def _made(workdir: Path, settings: Settings, models) -> list[str]:
     """The fields that differ from their defaults, as each thing here was made with them, and the machine."""
     default, where = flatten(base.get_distillation_config().to_dict()), environment.describe()
-    there = {name: workdir / name for name in models if (workdir / name).is_dir()}
+    # not of evaluation.checkpoint, whatever it is called
+    there = {name: workdir / name for name in models
+             if not settings.evaluation.checkpoint and (workdir / name).is_dir()}
     there |= {path.stem: path for path in (workdir / "samples.jsonl", workdir / "verified.jsonl") if path.exists()}
     told = {name: made.read(path) for name, path in there.items()}
     unknown = [name for name, fields in told.items() if not fields]

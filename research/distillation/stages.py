@@ -20,6 +20,7 @@ from pathlib import Path
 from absl import logging
 
 from research import config, environment
+from research.command import Stopped
 from research.data.sources import Document
 from research.data.tokenizer import Tokenizer, build
 from research.decoding.generate import Decoder
@@ -56,9 +57,9 @@ def run(settings: Settings, workdir: Path, stages: Sequence[str]) -> str:
             try:
                 said.append(getattr(pipeline, stage)())
             except RequestError:
-                if before:
+                if not said and before:  # nothing was done with these fields
                     write_whole(path, before)
-                elif not said:  # nothing was done here
+                elif not said:
                     path.unlink()
                 raise
         return "\n".join(said)
@@ -313,7 +314,11 @@ class Pipeline:
         self._train(drawn.settings, folder, corpus=drawn, evaluate=drawn.evaluate, loss=loss)
 
     def _train(self, settings, folder: str, **how) -> None:
-        loop.train(settings, self.workdir / folder, **how)
+        try:
+            loop.train(settings, self.workdir / folder, **how)
+        except Stopped:  # at its last step it may be: then nothing is left to train
+            made.write(self.workdir / folder, self._record(folder))
+            raise
         made.write(self.workdir / folder, self._record(folder))
 
     def _record(self, name: str) -> dict:

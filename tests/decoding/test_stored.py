@@ -58,6 +58,7 @@ def test_a_release_in_fp8_is_decoded_as_it_is_stored():
     jax.tree.map(np.testing.assert_array_equal, layer, wide)
     assert decoders[0].weights["layers"][-1]["params"]["mlp"]["down_proj"].format == "e4m3"
     assert forward._stored(last, "int8", model).format == "int8"  # not kept as it is, where other bits are asked for
+    assert decoders[0].weights["mtp"][0]["params"]["eh_proj"]["kernel"].dtype == np.float32  # 16 bits in the release
     with pytest.raises(IndexError):
         stored["params"]["layers"]["mlp"]["down_proj"][9]
     texts = [decoder.generate([[3, 1, 4, 1, 5], [9, 2, 6]], 12, draft_tokens=1) for decoder in decoders]

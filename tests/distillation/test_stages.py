@@ -308,12 +308,14 @@ def test_a_benchmark_of_a_checkpoint_stands_beside_the_papers_row(whole, tmp_pat
     rows = [{"problem": f"Compute {n} + 1.", "answer": str(n + 1)} for n in range(3)]
     path.write_text("\n".join(map(json.dumps, rows)))
     chosen = experiment.load(str(runs.ROOT / "experiments/r1_evaluate.py:aime:smoke"))
-    fields = {"task.test_files": path, "evaluation.checkpoint": whole[0] / "teacher", "template": "plain"}
+    there = tmp_path / "run/Qwen"  # within the working directory, and none of its models
+    shutil.copytree(whole[0] / "teacher", there, ignore=shutil.ignore_patterns("made.json"))
+    fields = {"task.test_files": path, "evaluation.checkpoint": there, "template": "plain"}
     chosen = experiment.change(chosen, [f"{name}={value}" for name, value in fields.items()],
                                base.get_distillation_config())
     said = stages.run(check(chosen), tmp_path / "run", ["evaluate"])
-    assert "| teacher | 0.0" in said and "| R1-Distill-Qwen-1.5B, published | | 28.9% | | 52.7% |" in said
-    assert len(sample.read(tmp_path / "run/evaluation/teacher-30.sampled.jsonl")) == 6
+    assert "| Qwen | 0.0" in said and "| R1-Distill-Qwen-1.5B, published | | 28.9% | | 52.7% |" in said
+    assert len(sample.read(tmp_path / "run/evaluation/Qwen-30.sampled.jsonl")) == 6
     chosen.template = "deepseek"
     with pytest.raises(RequestError, match=r"config\.evaluation: prompt 1 .* more than max_position_embeddings=64"):
         stages.run(check(chosen), tmp_path / "other", ["evaluate"])

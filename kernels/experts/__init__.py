@@ -12,9 +12,9 @@ def experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, *,
 
     indices_XK: int32, distinct within a token. formats: operand dtypes of the forward, input-gradient and
     weight-gradient products (all accumulate in float32). implementation: `auto` is `xla`, which runs anywhere;
-    `inference` has no gradient and takes fewer pairs than experts one by one; stacks of `Narrow` have their own, on one
-    device; `reference` computes all experts for all
-    tokens. pairs: where padding names no expert by the index E, about how many pairs name one, and the most that can.
+    `inference` has no gradient and takes fewer pairs than experts one by one; `reference` computes all experts for all
+    tokens; stacks of `Narrow` have their own, on one device. pairs: where padding names no expert by the index E, about
+    how many pairs name one, and the most that can.
     """
     if isinstance(gate_EDF, Narrow):
         return narrow.experts(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK)

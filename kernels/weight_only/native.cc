@@ -1,8 +1,8 @@
 // The product of reference.py as a handler of XLA's FFI. Bytes become floats in registers; rows of x share them.
 //
-// Letters as there: X rows, E matrices, G groups, F outputs, C inputs of a group, Y its bytes. Written with the vectors of GCC and
-// Clang, as wide as the processor's. Four bytes lie in one lane, a word, and shifts take them apart: converting bytes
-// would move each of them (GCC 12), so x is put in the order of the lanes instead.
+// Letters as there: X rows, E matrices, G groups, F outputs, C inputs of a group, Y its bytes. Written with the vectors
+// of GCC and Clang, as wide as the processor's. Four bytes lie in one lane, a word, and shifts take them apart:
+// converting bytes would move each of them (GCC 12), so x is put in the order of the lanes instead.
 
 #include <vector>
 

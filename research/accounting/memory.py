@@ -181,8 +181,9 @@ def _of_stage(settings, gpu: bool) -> dict[str, int]:
         mesh.data * mesh.fsdp * mesh.expert * pieces)
     widths = pipeline.held(mesh.pipeline, pieces) * settings.model.hidden_size
     if settings.training.pipeline_schedule == "zero_bubble":
-        widths += (mesh.pipeline + 1) * sum(leaf.size // math.prod(leaf.shape[-2:]) * sum(leaf.shape[-2:])
-                                      for path, leaf in shapes(stage).items() if products.puts_off(path))
+        widths += (mesh.pipeline + 1) * sum(
+            leaf.size // math.prod(leaf.shape[-2:]) * sum(leaf.shape[-2:])
+            for path, leaf in shapes(stage).items() if products.puts_off(path))
     on_their_way = tokens * widths * products.dtype.itemsize
     return of | {"activations": of["activations"] + on_their_way, "total": of["total"] + on_their_way}
 

@@ -57,10 +57,11 @@ def run(settings: Settings, workdir: Path, stages: Sequence[str]) -> str:
             try:
                 said.append(getattr(pipeline, stage)())
             except RequestError:
-                if not said and before:  # nothing was done with these fields
-                    write_whole(path, before)
-                elif not said:
-                    path.unlink()
+                if not said:  # nothing was done with these fields
+                    if before:
+                        write_whole(path, before)
+                    else:
+                        path.unlink()
                 raise
         return "\n".join(said)
 

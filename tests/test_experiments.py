@@ -4,6 +4,8 @@ import re
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import base
@@ -11,7 +13,8 @@ from research import config, experiment
 from research.accounting import flops, parameters
 from research.errors import RequestError
 from research.model.build import make_model
-from research.training.step import abstract_batch, abstract_state, make_train_step
+from research.training.step import abstract_state, make_train_step
+from tests import tiny
 from tests.training import runs
 
 FILES = sorted(path.relative_to(runs.ROOT).as_posix() for path in (runs.ROOT / "experiments").glob("[!_]*.py")
@@ -121,16 +124,34 @@ def test_an_experiment_says_its_command(file):
     assert text.startswith('"""') and "--config=" + file in text
 
 
+def equal_layers(file: str) -> list[str]:
+    """Fields with which all layers of a smoke are equal, and compiled once.
+
+    A network of a dense layer is what the shared experts are, a multi-token module's block what the layers are.
+    """
+    fields = load(file, "smoke")
+    dense = 0 if fields.model.n_shared_experts else fields.model.first_k_dense_replace
+    modules = fields.mtp.num_nextn_predict_layers if fields.precision.recipe.startswith("fp8") else 0
+    return [f"model.first_k_dense_replace={dense}", f"mtp.num_nextn_predict_layers={modules}", "model.scan_unroll=1",
+            "data.sequence_length=32"]
+
+
 @pytest.mark.parametrize("file", [file for file in FILES if file not in FIRST.values()])
-def test_the_step_of_a_smoke_is_traced(file):
-    """Shapes and dtypes of a whole step; what it computes is trained by the file of the same code paths."""
-    settings = config.check(load(file, "smoke")).with_vocabulary(262)
+def test_the_smoke_takes_a_step(file):
+    """The step alone, of drawn weights and tokens; the file of the same code paths trains from the command line."""
+    settings = config.check(experiment.change(load(file, "smoke"), equal_layers(file))).with_vocabulary(262)
     model = make_model(settings)
-    state = abstract_state(model, settings)
-    batch = abstract_batch(settings.training.batch_size, settings.data.sequence_length)
-    after, metrics = jax.eval_shape(make_train_step(model, settings), state, batch)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    assert metrics["mtp_loss"].shape == (settings.mtp.num_nextn_predict_layers,)
+    shapes = abstract_state(model, settings)
+    params = tiny.filled(shapes["params"], seed=0)
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes) | {"params": params}
+    rows, length = settings.training.batch_size, settings.data.sequence_length
+    batch = tiny.batch(((length // 2, length - length // 2),) * rows, length)
+    after, metrics = jax.jit(make_train_step(model, settings))(state, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
+    assert after["step"] == 1 and all(jnp.isfinite(x).all() for x in jax.tree.leaves((after, metrics)))
+    before = tiny.leaves(params)
+    unchanged = [name for name, x in tiny.leaves(after["params"]).items() if (x == before[name]).all()]
+    assert not unchanged
 
 
 @pytest.fixture(scope="module")
@@ -141,25 +162,23 @@ def cache(tmp_path_factory):
 
 @pytest.mark.parametrize("file", FIRST.values())
 def test_the_smoke_trains(file, tmp_path, cache):
-    """20 steps of the default one, one step of the others, whose layers are all equal: a network of a dense layer is
-    what the shared experts are, a multi-token module's block what the layers are. Equal layers are compiled once."""
-    default, fields = file == "experiments/nano.py", load(file, "smoke")
+    """From the command line: the default one 20 steps, as it is but for shorter rows, the others one."""
+    default = file == "experiments/nano.py"
     steps = 20 if default else 1
-    dense = fields.model.first_k_dense_replace if default or not fields.model.n_shared_experts else 0
-    modules = fields.mtp.num_nextn_predict_layers if default or fields.precision.recipe.startswith("fp8") else 0
+    fields = ["model.scan_unroll=1", "data.sequence_length=32"] if default else equal_layers(file)
     workdir = tmp_path / "run"
     code, out, err = runs.finish(runs.start([
         sys.executable, "-m", "research.main", f"--config={file}:smoke", f"--workdir={workdir}",
         f"--config.data.cache={cache}", f"--config.training.steps={steps}", "--config.data.max_documents=60",
-        "--config.model.scan_unroll=1", f"--config.model.first_k_dense_replace={dense}",
-        f"--config.mtp.num_nextn_predict_layers={modules}", "--config.data.validation_fraction=0.03",
-        "--config.evaluation.samples=0", "--config.data.sequence_length=32"], cache))
+        "--config.data.validation_fraction=0.03", "--config.evaluation.samples=0",
+        *(f"--config.{field}" for field in fields)], cache))
     assert code == 0, err
     assert "bits per byte" in out and "Traceback" not in err
     losses = [line["next_token_loss"] for line in runs.lines(workdir, "train")]
     validation, = runs.lines(workdir, "validation")
     assert len(losses) == steps and validation["step"] == steps
+    modules = experiment.change(load(file, "smoke"), fields).mtp.num_nextn_predict_layers
     assert len(validation["mtp_accuracy"]) == modules
-    if steps == 20:
+    if default:
         assert max(losses[-3:]) < losses[0] - 1, losses
         assert validation["loss"] < losses[0] - 1

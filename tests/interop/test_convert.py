@@ -22,7 +22,6 @@ from research.interop.importer import import_folder
 from research.interop.names import SCALE
 from research.interop.scoring import logits
 from research.interop.tensors import FP8, INDEX, list_tensors
-from research.interop.variables import read_variables
 from research.interop.weights import initial_variables, read_weights
 from research.model.build import make_model
 from research.training import evaluation
@@ -30,7 +29,16 @@ from research.training.checkpoint import Checkpoints, damage
 from research.tree import paths
 from tests.commands import exit_code
 from tests.interop.test_blocks import Q_A, changed, nan
-from tests.interop.test_huggingface import FOLDERS, GOLDEN, copy, in_their_names, random_model, weights, write
+from tests.interop.test_huggingface import (
+    FOLDERS,
+    GOLDEN,
+    copy,
+    in_their_names,
+    random_model,
+    read_variables,
+    weights,
+    write,
+)
 from tests.interop.test_score import workdir
 
 FP8_FOLDER, MTP = GOLDEN / "deepseek_v3_tiny_fp8", GOLDEN / "deepseek_v3_tiny_mtp"
@@ -62,6 +70,10 @@ def test_weights_of_a_workdir_are_those_of_its_folder(made):
         for path, values in expected.items():
             assert found[path].dtype == np.float32
             np.testing.assert_array_equal(found[path], values, err_msg=path)
+    theirs, ours = (paths(read_weights(folder, stored=True)[1])["params/layers/mlp/up_proj"][-1]
+                    for folder in (FP8_FOLDER, made("deepseek_v3_tiny_fp8")[0]))
+    np.testing.assert_array_equal(theirs.values_DF.view(np.uint8), ours.values_DF.view(np.uint8))
+    np.testing.assert_array_equal(theirs.scales_GB, ours.scales_GB)
 
 
 def test_golden_logits_of_a_workdir_in_fp8_notice_each_bug(made):

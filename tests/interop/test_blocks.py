@@ -23,7 +23,7 @@ from research.interop.variables import Array, Stored
 from tests.interop.test_huggingface import GOLDEN, read_variables
 
 FP8 = GOLDEN / "deepseek_v3_tiny_fp8"
-Q_A = "model.layers.1.self_attn.q_a_proj.weight"
+Q_A, GATE = "model.layers.1.self_attn.q_a_proj.weight", "model.layers.0.mlp.gate_proj.weight"
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**32 - 1), st.booleans())
@@ -116,6 +116,10 @@ WRONG_TENSORS = {
                                       f"1 scales without a weight in F8_E4M3: {Q_A}_scale_inv"),
     "scales of another shape": ({f"{Q_A}_scale_inv": np.ones((1, 2), np.float32)},
                                 f"{Q_A}_scale_inv is [1, 2] and must be [1, 1]"),
+    "scales the wrong way round": (
+        {f"{GATE}_scale_inv": np.ones((1, 2), np.float32)}, f"{GATE}_scale_inv is [1, 2] and must be [2, 1]"),
+    "scales in E8M0": ({f"{Q_A}_scale_inv": np.ones((1, 1), ml_dtypes.float8_e8m0fnu)},
+                       f"{Q_A}_scale_inv is F8_E8M0 and must be F32"),
     "scales in 16 bits": ({f"{Q_A}_scale_inv": np.ones((1, 1), ml_dtypes.bfloat16)},
                           f"{Q_A}_scale_inv is BF16 and must be F32"),
     "a norm in FP8": ({"model.norm.weight": np.ones(64, ml_dtypes.float8_e4m3fn)},

@@ -243,15 +243,22 @@ def test_blocks_in_pieces_of_rows_are_blocks_at_once(tmp_path, monkeypatch):
     export_workdir(tmp_path / "ours", tmp_path / "narrow", None, None)
     export_workdir(tmp_path / "ours", tmp_path / "wide", "none", None)
     narrow, wide = list_tensors(tmp_path / "narrow"), list_tensors(tmp_path / "wide")
-    _, variables = read_weights(tmp_path / "ours")
     for name in shapes:
         name = f"model.layers.0.{name}.weight"
         values, scales = blocks.quantize(tensors[name])
         assert narrow[name].read().tobytes() == values.tobytes()
         np.testing.assert_array_equal(narrow[name + SCALE].read(), scales)
         np.testing.assert_array_equal(wide[name].read(), blocks.dequantize(values, scales))
-    np.testing.assert_array_equal(variables["params"]["dense_layers"]["mlp"]["down_proj"]["kernel"][0],
-                                  wide["model.layers.0.mlp.down_proj.weight"].read().T)
+    import_folder(tmp_path / "narrow", tmp_path / "copied", None, None)  # a release's own blocks, byte for byte
+    export_workdir(tmp_path / "copied", tmp_path / "back", None, None)
+    assert stored(tmp_path / "back") == stored(tmp_path / "narrow")
+    for name in ("ours", "copied", "narrow"):
+        _, variables = read_weights(tmp_path / name)
+        np.testing.assert_array_equal(variables["params"]["dense_layers"]["mlp"]["down_proj"]["kernel"][0],
+                                      wide["model.layers.0.mlp.down_proj.weight"].read().T, err_msg=name)
+    _, kept = read_weights(tmp_path / "copied", stored=True)
+    down = kept["params"]["dense_layers"]["mlp"]["down_proj"]["kernel"][0]
+    np.testing.assert_array_equal(down.scales_GB, narrow[f"model.layers.0.mlp.down_proj.weight{SCALE}"].read().T)
 
 
 # Wrong requests

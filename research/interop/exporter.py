@@ -13,8 +13,8 @@ from research import config
 from research.data.tokenizer import Tokenizer
 from research.errors import RequestError
 from research.interop import blocks, storage
-from research.interop.carried import carry
-from research.interop.destination import built, put_file
+from research.interop.carried import carried
+from research.interop.destination import built, put_files
 from research.interop.names import SCALE, Place, repeats
 from research.interop.release import config_json
 from research.interop.shards import Shards, entries_of, lay_out
@@ -50,6 +50,7 @@ def export_workdir(source: Path, destination: Path, quantize: str | None, dtype:
     damaged: list[str] = []
     powers: list[bool] = []  # of each tensor's scales, whether they are powers of two
     with built(destination, request) as written, Shards(written, lay_out(entries)) as shards:
+        along = carried(source)
         works = [work for path, array in arrays.items()
                  for work in _works(folder, params, array, stored[path], dtypes[path], repeated, shards, digests,
                                     damaged, powers)]
@@ -60,8 +61,7 @@ def export_workdir(source: Path, destination: Path, quantize: str | None, dtype:
         refuse(source, {"not finite (NaN or infinite values)": sorted(account.infinite)})
         if powers and all(powers):
             raw["quantization_config"] |= blocks.SCALE_FORMAT
-        put_file(written / "config.json", (json.dumps(raw, indent=2) + "\n").encode())
-        carry(source, written)
+        put_files(written, {"config.json": (json.dumps(raw, indent=2) + "\n").encode()} | along)
     return account
 
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from research.data.tokenizer import Tokenizer
 from research.interop import storage
-from research.interop.carried import carry
-from research.interop.destination import Writer, built, put_file
+from research.interop.carried import carried
+from research.interop.destination import Writer, built, put_file, put_files
 from research.interop.huggingface import read_settings
 from research.interop.names import SCALE, Place
 from research.interop.tensors import Tensor
@@ -39,7 +39,7 @@ def import_folder(source: Path, destination: Path, quantize: str | None, dtype: 
         if tensors[name].dtype != tensors[original].dtype or not same(tensors[name], tensors[original])]})
     request = {"source": str(source.absolute()), "quantize": quantize, "dtype": dtype}
     with built(destination, request) as folder:
-        step, digests = folder / "checkpoints" / "0", {}
+        along, step, digests = carried(source), folder / "checkpoints" / "0", {}
         state = step / "state"
         works = [_work(array, place, tensors, dtypes[path], state, digests)
                  for path, array in arrays.items() for place in array.places]
@@ -59,8 +59,7 @@ def import_folder(source: Path, destination: Path, quantize: str | None, dtype: 
                 file.unlink()  # of an earlier attempt, when the source was another one
         os.sync()  # so that each file that is sealed is on the disk already
         seal(step, digests)
-        put_file(folder / "config.json", settings.to_json().encode())
-        carry(source, folder)
+        put_files(folder, {"config.json": settings.to_json().encode()} | along)
     return account
 
 

@@ -106,8 +106,10 @@ def tree_of(arrays: dict) -> dict:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of a shape have the same values, read in pieces."""
-    return all(np.array_equal(one.read(*rows), other.read(*rows)) for rows in row_blocks(one.shape, one.dtype))
+    """Whether two tensors of a shape have the same values, and where they are of one dtype the same bytes."""
+    kind = np.uint8 if one.dtype == other.dtype else None
+    return all(np.array_equal(*(each.read(*rows).view(kind or DTYPES[each.dtype]) for each in (one, other)))
+               for rows in row_blocks(one.shape, one.dtype))
 
 
 NOT_FINITE = "not finite (NaN or infinite values)"

@@ -80,6 +80,7 @@ def pair(number: int, folders: Path) -> dict:
     found["other"] = refusal(lambda: hosts.agree({"config.a": 1, "config.b": number}, "command"))
     found["missing"] = refusal(lambda: hosts.agree({"config.a": 1} if number else {}, "command"))
     found["wrong"] = refusal(lambda: hosts.from_first(wrong))
+    found["alike"] = refusal(hosts.refused_alike()(lambda: wrong() if number else None))
 
     stop = StopRequests(hosts.Stops(make_mesh(tiny.settings(SHAPE | {"mesh.expert": 2}))))
     votes = []

@@ -173,6 +173,7 @@ def test_processes_agree_or_are_refused_alike(pair):
     for found in (one, other):
         assert found["told"] == [0, "a"] and found["all"] == [0, 1]
         assert found["equal"] == "" and found["wrong"] == "the first's own"
+        assert found["alike"] == "the first's own"  # which the second alone has said
         assert found["other"] == "config.b=1 on process 1 is 0 on process 0: all processes need the same command"
         assert found["missing"].startswith("config.a=1 on process 1 is None on process 0")
 

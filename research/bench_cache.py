@@ -10,7 +10,7 @@ import numpy as np
 from research.bench_acceptance import held_out, load
 from research.decoding.cache import STORAGE, bytes_per_token, empty_cache
 from research.decoding.forward import forward, head
-from research.decoding.generate import Decoder
+from research.decoding.generate import Decoder, check_request
 from research.decoding.sampling import likeliest
 
 EXACT = "float32"
@@ -45,6 +45,7 @@ def measure_cache(workdir: Path, number: int, prompt: int, new: int) -> dict:
     """Prints a line for each way to store the cache. number: held-out documents; prompt, new: tokens of each."""
     model, variables, corpus, _ = load(workdir)
     texts = held_out(corpus, number, prompt, new)
+    check_request(model, [text[:prompt] for text in texts], new, 0)
     tokens_BT, seen_BT = (np.zeros((number, max(map(len, texts))), np.int32) for _ in range(2))
     for row, text in enumerate(texts):
         tokens_BT[row, :len(text)], seen_BT[row, prompt:len(text)] = text, 1

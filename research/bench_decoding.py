@@ -167,8 +167,15 @@ def main() -> None:
         raise RequestError(f"--plot={_PLOT.value!r} needs matplotlib: pip install -r requirements-dev.txt")
     if _BATCHES.value is not None:
         batches = numbers(_BATCHES, int, 1)
+    if part in ("acceptance", "drafting"):
+        from research.decoding.generate import MOST_DRAFTS
+        if _DRAFTS.value > MOST_DRAFTS:
+            raise RequestError(f"--drafts={_DRAFTS.value} must be at most {MOST_DRAFTS}")
     if part == "peer":
-        peer_settings(_CONFIG.value)
+        most = peer_settings(_CONFIG.value).model.max_position_embeddings
+        if PROMPT + _NEW.value > most:
+            raise RequestError(f"--new_tokens={_NEW.value} after {PROMPT} is more than "
+                               f"config.model.max_position_embeddings={most}")
         measure = measure_peer, bench.find_peer(_PEER.value), batches or [1, 8]
     elif part in ("acceptance", "cache") and _CHECKPOINT.value is None:
         raise RequestError(f"--part={part} needs --checkpoint: the workdir of a trained model")

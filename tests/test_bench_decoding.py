@@ -63,6 +63,8 @@ def workdir(tmp_path_factory):
     (["--part=acceptance", "--checkpoint={new}"], "--checkpoint='{new}' holds no checkpoints"),
     (["--part=acceptance", "--checkpoint={new}", "--temperatures=0,warm"],
      "--temperatures='0,warm' is no list of numbers of at least 0"),
+    (["--part=drafting", "--drafts=17"], "--drafts=17 must be at most 16"),
+    (["--part=peer", "--new_tokens=5000"], "--new_tokens=5000 after 64 is more than config.model.max_position_embeddi"),
     (["--part=context", "--cached=0"], "--cached='0' is no list of whole numbers of at least 1"),
     (["--part=gpu", "--batches=1.5"], "--batches='1.5' is no list of whole numbers of at least 1"),
     (["--part=gpu", "--plot={new}/a.png"], "--plot='{new}/a.png' is for --part=context alone"),

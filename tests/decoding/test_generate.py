@@ -181,4 +181,6 @@ def test_generate_once():
     result = generate(model, variables, [[1, 2, 3], [4]], 5)
     assert isinstance(result, Generation)
     assert close_calls(model, variables, [[1, 2, 3], [4]], result.tokens) == 0
+    with pytest.raises(ValueError, match="top_p=0.0 must be above 0"):
+        generate(model, variables, [[1]], 5, Sampling(1.0, top_p=0.0))
     assert [len(row) for row in result.tokens] == [5, 5] and result.steps == 8 and result.tokens_per_second > 0

@@ -156,6 +156,14 @@ def test_nothing_is_compiled_again_within_a_bucket():
     assert [name for name in compiled if "backend_compile" in name]  # the listener hears
 
 
+def test_the_loop_writes_into_the_state_that_it_is_given():
+    """The cache above all, which would stand twice."""
+    decoder = decoder_of(MODELS[2])
+    decoder.generate(random_prompts((3, 25, LONGEST), 2), 20, draft_tokens=3, ends=[-1])
+    loops = [program.memory_analysis() for name, program in decoder._compiled.items() if name[0] == "decode"]
+    assert loops and all(loop.alias_size_in_bytes > 0.95 * loop.output_size_in_bytes for loop in loops)
+
+
 def test_buckets():
     assert [bucket(n) for n in (1, 63, 64, 65, 128, 129, 256, 257)] == [64, 64, 64, 128, 128, 256, 256, 512]
 

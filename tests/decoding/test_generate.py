@@ -23,7 +23,7 @@ CASES = [(1, 0), (1, 2), (2, 3), (3, 3)]  # modules, drafts
 BATCHES = [(*case, 3) for case in CASES] + [(3, 2, 5)]  # and prompts
 EXAMPLES = 50  # each another model with prompts of its own, through one compiled program a case
 LONGEST = 34  # with 24 new tokens, three drafts and three modules it fills the smallest cache: one shape to compile
-left = {batch: 0 for batch in BATCHES}  # close calls, over all examples
+left = {batch: 0 for batch in (*BATCHES, "plain")}  # close calls, over all examples
 
 
 def random_prompts(lengths, seed, V=5):
@@ -64,9 +64,10 @@ def test_drafted_text_is_plain_text(seed, lengths, end, share):
     variables, prompts = agreeing(weights_of(seed), share), random_prompts(lengths, seed)
     decoder = decoder_with(MODELS[1], variables)
     plain, drafted = (decoder.generate(prompts, 24, draft_tokens=k, ends=[end]) for k in (0, 2))
-    if plain.tokens != drafted.tokens:
-        assert close_calls(model, variables, prompts, plain.tokens) or close_calls(
-            model, variables, prompts, drafted.tokens)
+    if plain.tokens != drafted.tokens:  # one of them left the likeliest token, at a tie
+        left["plain"] += 1
+        assert sum(close_calls(model, variables, prompts, result.tokens) for result in (plain, drafted))
+    assert left["plain"] <= 2
     assert plain.steps == sum(map(len, plain.tokens)) - 3 and drafted.steps <= plain.steps
     assert plain.acceptance_rate == [] and (plain.tokens_per_step == 1 or not plain.steps)
 

@@ -63,7 +63,7 @@ def test_absorbed_equals_expanded(how, B, T, N, R, P, H, J, S, data):
     k_rope_BSNP = np.broadcast_to(rope_key_BSP[:, :, None], (B, S, N, P))
     expected = run_expanded(np.concatenate([q_BTNH, q_BTNP], axis=-1), np.concatenate([k_BSNH, k_rope_BSNP], axis=-1),
                             np.einsum("BSR,RNJ->BSNJ", latent_BSR, w_RNJ), lengths[:, None] + np.arange(T), SCALE)
-    np.testing.assert_allclose(np.einsum("BTNR,RNJ->BTNJ", o_BTNR, w_RNJ), expected, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(np.einsum("BTNR,RNJ->BTNJ", o_BTNR, w_RNJ), expected, rtol=1e-5, atol=1e-5)
 
 
 @hypothesis.settings(max_examples=10)

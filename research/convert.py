@@ -47,7 +47,10 @@ def main() -> None:
     with command.stops_held():  # after the checks: JAX takes a second to import
         from research.interop.exporter import export_workdir
         from research.interop.importer import import_folder
-    convert = export_workdir if (source / "checkpoints").is_dir() else import_folder
+    try:
+        convert = export_workdir if (source / "checkpoints").is_dir() else import_folder
+    except OSError as error:
+        raise RequestError(f"--source={str(source)!r} cannot be read: {error.strerror}") from None
     start = time.perf_counter()
     account = convert(source, destination, _QUANTIZE.value, _DTYPE.value)
     print(closing_line(account, time.perf_counter() - start))

@@ -56,14 +56,14 @@ def main() -> None:
     with command.stops_held():
         from research import summary  # after the checks that need no JAX: a wrong field is answered at once
         from research.interop.weights import weights_alone
-        from research.training import evaluation, loop
+        from research.training import loop
 
     hosts.agree({f"--{name}": FLAGS[name].value for name in ("workdir", "mode", "profile", "heartbeat_timeout_seconds")}
                 | experiment.flatten(settings.to_config(), "config."), "command")
     if _MODE.value == "train":
         told = summary.of_training(loop.train(settings, workdir, profile=_PROFILE.value))
     else:
-        evaluate = evaluation.evaluate_weights if weights_alone(workdir) else loop.evaluate_newest
+        evaluate = loop.evaluate_weights if weights_alone(workdir) else loop.evaluate_newest
         told = summary.of_evaluation(evaluate(settings, workdir))
     if hosts.is_first():
         print(told)

@@ -2,6 +2,7 @@
 
 from types import ModuleType
 
+import grain  # noqa: F401  it has flags, which the first command here would take away with its own
 from absl.testing import flagsaver
 
 

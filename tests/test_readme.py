@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from research import config, experiment
 from research.model import balance
 from research.precision import recipe
 from tests.training import runs
@@ -19,6 +20,19 @@ def examples() -> list[str]:
     """The Python of "Adding one thing", in order: a rule, a recipe, a table."""
     section = (ROOT / "README.md").read_text().split("\n## Adding one thing\n")[1].split("\n## ")[0]
     return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+
+
+def requests() -> list[tuple[str, list[str]]]:
+    """The experiments of README.md, up to its examples of new ones, each with the fields that its command changes."""
+    page = (ROOT / "README.md").read_text().split("\n## Adding one thing\n")[0].replace("\\\n", " ")
+    modules = r"research\.(?:main|account|lowering|accounting\.memory)"
+    commands = re.findall(rf"^(?:\$ |env \S+ | {{4}})?python -m {modules} (.*--config=.*)$", page, re.MULTILINE)
+    return [(re.search(r"--config=(\S+)", words)[1], re.findall(r"--config\.(\S+=\S+)", words)) for words in commands]
+
+
+@pytest.mark.parametrize("file, fields", requests())
+def test_a_request_is_a_right_one(file, fields):
+    config.check(experiment.change(experiment.load(f"{ROOT / file}"), fields))
 
 
 def anchors(page: str) -> set[str]:

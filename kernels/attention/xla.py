@@ -28,7 +28,8 @@ def default_blocks(T: int) -> int:
 def attention(q_BTNH, k_BTGH, v_BTGJ, segments_BT, scale: float, recompute: bool, blocks: int | None = None):
     """See `kernels.attention.attention`.
 
-    recompute: scores are computed again in the backward pass, so that one block's are alive at a time. blocks: of
+    recompute: one block's scores are alive at a time: the blocks wait for one another, in the backward pass too, which
+    computes its block's again. On a CPU, whose compiler drops what makes them wait, it changes nothing. blocks: of
     queries; None: `default_blocks`.
     """
     B, T, N, _ = q_BTNH.shape
@@ -41,6 +42,9 @@ def attention(q_BTNH, k_BTGH, v_BTGJ, segments_BT, scale: float, recompute: bool
     outputs = []
     for start in range(0, T, block):
         end = min(start + block, T)
+        if recompute and outputs:  # all that the next block reads comes after this one, and its gradients before
+            q_BGQTH, k_BGTH, v_BGTJ, outputs[-1] = jax.lax.optimization_barrier(
+                (q_BGQTH, k_BGTH, v_BGTJ, outputs[-1]))
         query_segments = key_segments = None
         if segments_BT is not None:
             query_segments, key_segments = segments_BT[:, start:end], segments_BT[:, :end]

@@ -4,16 +4,22 @@ from pathlib import Path
 
 from absl import logging
 
-from research.interop.destination import put_file
+from research.errors import RequestError
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
          "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
 
 
-def carry(source: Path, folder: Path) -> None:
-    """Copies those that `source` has to `folder`; without a tokenizer.json it says so."""
+def carried(source: Path) -> dict[str, bytes]:
+    """{name: content} of those that `source` has; without a tokenizer.json it says so. RequestError for one that cannot
+    be read."""
+    found = {}
     for name in FILES:
-        if (source / name).is_file():
-            put_file(folder / name, (source / name).read_bytes())
-    if not (source / "tokenizer.json").is_file():
+        try:
+            if (source / name).is_file():
+                found[name] = (source / name).read_bytes()
+        except OSError as error:
+            raise RequestError(f"{source / name} cannot be read: {error.strerror}") from None
+    if "tokenizer.json" not in found:
         logging.warning("%s has no tokenizer.json: the result is scored from token ids, but continues no text", source)
+    return found

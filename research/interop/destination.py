@@ -31,9 +31,9 @@ def built(final: Path, request: dict) -> Iterator[Path]:
     An OSError of the block becomes a RunError.
     """
     flag, final = f"--destination={str(final)!r}", final.absolute()
-    partial = final.with_name(f".{final.name}.partial")
     if os.path.lexists(final):
         raise RequestError(f"{flag} exists already: nothing is written over")
+    partial = final.with_name(f".{final.name}.partial")
     with contextlib.ExitStack() as stack:
         try:
             partial.mkdir(parents=True, exist_ok=True)
@@ -117,6 +117,12 @@ class Writer:
             if os.pread(self._file, len(part), offset + start) != part:
                 return False
         return True
+
+
+def put_files(folder: Path, contents: dict[str, bytes]) -> None:
+    """Makes files of a folder, by name, hold these contents."""
+    for name, data in contents.items():
+        put_file(folder / name, data)
 
 
 def put_file(path: Path, data: bytes) -> str:

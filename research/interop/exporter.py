@@ -13,17 +13,16 @@ from research import config
 from research.data.tokenizer import Tokenizer
 from research.errors import RequestError
 from research.interop import blocks, storage
-from research.interop.carried import carry
-from research.interop.destination import built, put_file
-from research.interop.names import SCALE, Place, in_blocks, repeats, scales_path
+from research.interop.carried import carried
+from research.interop.destination import built, put_files
+from research.interop.names import SCALE, Place, repeats
 from research.interop.release import config_json
 from research.interop.shards import Shards, entries_of, lay_out
 from research.interop.tensors import DTYPES, FP8, Tensor
 from research.interop.transfer import Account, Piece, Work, target, transfer
 from research.interop.variables import Array, arrays_of, refuse
-from research.interop.weights import weights_alone
+from research.interop.weights import stored_dtypes, weights_alone
 from research.training.checkpoint import Checkpoints, damage, params_of, saved_tree, sealed
-from research.tree import paths
 
 
 def export_workdir(source: Path, destination: Path, quantize: str | None, dtype: str | None) -> Account:
@@ -39,7 +38,7 @@ def export_workdir(source: Path, destination: Path, quantize: str | None, dtype:
     folder, digests = _checkpoint(source, settings)
     saved = saved_tree(folder)
     params = params_of(saved)
-    stored = _stored(source, saved, params, arrays)
+    stored = stored_dtypes(source, saved, arrays)
     dtypes = {path: target(stored[path], path, quantize, dtype) for path in arrays}
     tokenizer = Tokenizer.load(source) if (source / "tokenizer.json").is_file() else None
     common = Counter(dtypes[path] for path in arrays if dtypes[path] != FP8).most_common(1)[0][0]
@@ -51,6 +50,7 @@ def export_workdir(source: Path, destination: Path, quantize: str | None, dtype:
     damaged: list[str] = []
     powers: list[bool] = []  # of each tensor's scales, whether they are powers of two
     with built(destination, request) as written, Shards(written, lay_out(entries)) as shards:
+        along = carried(source)
         works = [work for path, array in arrays.items()
                  for work in _works(folder, params, array, stored[path], dtypes[path], repeated, shards, digests,
                                     damaged, powers)]
@@ -61,8 +61,7 @@ def export_workdir(source: Path, destination: Path, quantize: str | None, dtype:
         refuse(source, {"not finite (NaN or infinite values)": sorted(account.infinite)})
         if powers and all(powers):
             raw["quantization_config"] |= blocks.SCALE_FORMAT
-        put_file(written / "config.json", (json.dumps(raw, indent=2) + "\n").encode())
-        carry(source, written)
+        put_files(written, {"config.json": (json.dumps(raw, indent=2) + "\n").encode()} | along)
     return account
 
 
@@ -82,27 +81,6 @@ def _checkpoint(source: Path, settings) -> tuple[Path, dict[str, str]]:
     if step is None:
         raise RequestError(f"{directory} holds no intact checkpoint")
     return directory / str(step), {}
-
-
-def _stored(source: Path, saved: dict, params: str, arrays: dict[str, Array]) -> dict[str, str]:
-    """{path: dtype} of the checkpoint's weights, checked to be the model's arrays, and the scales of those in FP8."""
-    weights = {"params": saved[params], "routing": saved["routing"]}
-    scales = paths(saved.get("scales", {}))
-    expected = {path: array.shape for path, array in arrays.items()}
-    found = {path: tuple(leaf.shape) for path, leaf in paths(weights).items()}
-    dtypes = {path: np.dtype(leaf.dtype) for path, leaf in paths(weights).items()}
-    narrow = [path for path, dtype in dtypes.items() if dtype == DTYPES[FP8]]
-    expected |= {scales_path(path): blocks.scale_shape(found[path]) for path in narrow}
-    found |= {f"scales/{path}": tuple(leaf.shape) for path, leaf in scales.items()}
-    refuse(source, {
-        "missing": sorted(expected.keys() - found.keys()),
-        "left over": sorted(found.keys() - expected.keys()),
-        "of another shape": [f"{path} is {list(found[path])} and must be {list(expected[path])}"
-                             for path in sorted(expected.keys() & found.keys()) if found[path] != expected[path]],
-        "of a dtype that is not read": [f"{path} is {dtype}" for path, dtype in sorted(dtypes.items())
-                                        if dtype not in DTYPES.values() or (path in narrow and not in_blocks(path))],
-    })
-    return {path: next(word for word, known in DTYPES.items() if known == dtype) for path, dtype in dtypes.items()}
 
 
 def _works(folder: Path, params: str, array: Array, source: str, to: str, repeated: dict[str, list[str]],

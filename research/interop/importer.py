@@ -12,13 +12,13 @@ import numpy as np
 
 from research.data.tokenizer import Tokenizer
 from research.interop import storage
-from research.interop.carried import carry
-from research.interop.destination import Writer, built, put_file
+from research.interop.carried import carried
+from research.interop.destination import Writer, built, put_file, put_files
 from research.interop.huggingface import read_settings
 from research.interop.names import SCALE, Place
 from research.interop.tensors import Tensor
-from research.interop.transfer import Account, Piece, Work, row_blocks, target, transfer
-from research.interop.variables import Array, arrays_of, checked_tensors, refuse
+from research.interop.transfer import Account, Piece, Work, target, transfer
+from research.interop.variables import Array, arrays_of, checked_tensors, refuse, same
 from research.training.checkpoint import files_of, seal
 
 
@@ -36,10 +36,10 @@ def import_folder(source: Path, destination: Path, quantize: str | None, dtype: 
     dtypes = _dtypes(source, arrays, tensors, quantize, dtype)
     refuse(source, {"different from the tensor that they repeat": [
         f"{name} (a copy of {original})" for name, original in repeated.items()
-        if not _equal(tensors[name], tensors[original])]})
+        if tensors[name].dtype != tensors[original].dtype or not same(tensors[name], tensors[original])]})
     request = {"source": str(source.absolute()), "quantize": quantize, "dtype": dtype}
     with built(destination, request) as folder:
-        step, digests = folder / "checkpoints" / "0", {}
+        along, step, digests = carried(source), folder / "checkpoints" / "0", {}
         state = step / "state"
         works = [_work(array, place, tensors, dtypes[path], state, digests)
                  for path, array in arrays.items() for place in array.places]
@@ -59,8 +59,7 @@ def import_folder(source: Path, destination: Path, quantize: str | None, dtype: 
                 file.unlink()  # of an earlier attempt, when the source was another one
         os.sync()  # so that each file that is sealed is on the disk already
         seal(step, digests)
-        put_file(folder / "config.json", settings.to_json().encode())
-        carry(source, folder)
+        put_files(folder, {"config.json": settings.to_json().encode()} | along)
     return account
 
 
@@ -74,11 +73,6 @@ def _dtypes(source: Path, arrays: dict[str, Array], tensors: dict[str, Tensor], 
             mixed += [f"{name} is {kind} among {dtypes[path]}" for name, kind in found.items() if kind != dtypes[path]]
     refuse(source, {"of another dtype than the rest of their stack, which --dtype or --quantize makes one": mixed})
     return dtypes
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and all(
-        one.read(*rows).tobytes() == other.read(*rows).tobytes() for rows in row_blocks(one.shape, one.dtype))
 
 
 def _work(array: Array, place: Place, tensors: dict[str, Tensor], dtype: str, state: Path, digests: dict) -> Work:

@@ -27,16 +27,18 @@ def plan(file: Path, quantize: str | None, dtype: str | None) -> str:
     dtypes = released(arrays)
     before = list(entries_of(arrays, dtypes, repeats(settings)))
     after = list(entries_of(arrays, {path: target(dtypes[path], path, quantize, dtype) for path in arrays}, {}))
-    read, written = (sum(entry.nbytes for entry in found) for found in (before, after))
+    read, written = stored(before), stored(after)
     largest = max(before, key=lambda entry: entry.nbytes)
     lines = [f"read: {len(before):,} tensors of {weights(before):,} weights, FP8 blocks as released, {read:,} bytes",
              f"largest: {largest.name}, {largest.nbytes:,} bytes",
              f"written: {len(after):,} tensors, {written:,} bytes"]
     lines += [f"where copying runs at {speed:,} MB/s: {max(read, written) / speed / 6e7:,.1f} minutes"
               for speed in SPEEDS]
-    experts = sum(entry.nbytes for entry in after if ".experts." in entry.name)
-    lines += [f"restored onto {devices} devices, experts split and the rest on each: "
-              f"{(written - experts + experts / devices) / 1e9:,.1f} GB a device"
+    experts = [entry for entry in after if ".experts." in entry.name]
+    others = [entry for entry in after if ".experts." not in entry.name]
+    lines += [f"mesh.expert={devices}, the rest on each: a device reads "
+              f"{(stored(others) + stored(experts) / devices) / 1e9:,.1f} GB and holds "
+              f"{(weights(others) + weights(experts) / devices) * 4e-9:,.1f} GB in float32"
               for devices in DEVICES if experts and settings.model.n_routed_experts % devices == 0]
     return "\n".join(lines)
 
@@ -44,6 +46,11 @@ def plan(file: Path, quantize: str | None, dtype: str | None) -> str:
 def released(arrays: dict[str, Array]) -> dict[str, str]:
     """{path: dtype} of the release: E4M3 blocks, float32 routing biases, bfloat16."""
     return {path: FP8 if in_blocks(path) else "F32" if path.startswith("routing/") else "BF16" for path in arrays}
+
+
+def stored(found: list[Entry]) -> int:
+    """Bytes."""
+    return sum(entry.nbytes for entry in found)
 
 
 def weights(found: list[Entry]) -> int:

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
@@ -14,7 +16,9 @@ from research.interop import blocks
 from research.interop.huggingface import check_counts, list_weights
 from research.interop.names import SCALE, TOP, Place, copies, in_blocks, places
 from research.interop.tensors import DTYPES, FLOATS, FP8, Tensor
+from research.interop.transfer import row_blocks
 from research.model.build import make_model, variable_shapes
+from research.parallel import hosts
 from research.tree import paths
 
 
@@ -74,23 +78,38 @@ def checked_tensors(folder: Path, settings, arrays: dict[str, Array]) -> tuple[d
     return tensors, repeated
 
 
-def read_variables(folder: Path, settings, stored: bool = False) -> dict:
-    """{`params`, `routing`} of the settings' model as float32 numpy arrays, FP8 blocks dequantised.
+def stored_variables(folder: Path, settings) -> dict:
+    """{`params`, `routing`} of the settings' model as `Stored` arrays, of which nothing is read yet.
 
-    stored: each as a `Stored` instead, of which nothing is read yet. Strict: see `checked_tensors`; tensors with NaN or
-    infinite values, and copies that differ from their original, stand in a RequestError too.
+    Strict: see `checked_tensors`; copies that differ from their original stand in a RequestError too, of several
+    processes the first's.
     """
-    folder = Path(folder)
     arrays = arrays_of(settings)
     tensors, repeated = checked_tensors(folder, settings, arrays)
-    found, infinite = {array.path: Stored(folder, array, tensors) for array in arrays.values()}, []
-    if not stored:
-        found = {path: each.read((), infinite, np.dtype(np.float32)) for path, each in found.items()}
+    refuse(folder, {"different from the tensor that they repeat": [
+        f"{name} (a copy of {original})" for name, original in repeated.items()
+        if hosts.is_first() and not same(tensors[name], tensors[original])]})
+    return tree_of({path: Stored(folder, array, tensors) for path, array in arrays.items()})
+
+
+def read_whole(folder: Path, stored: dict) -> dict:
+    """`Stored` arrays as float32 numpy arrays. RequestError for all that have values that are not finite."""
+    infinite: list[str] = []
+    read = {path: each.read((), infinite, np.dtype(np.float32)) for path, each in paths(stored).items()}
     refuse(folder, {NOT_FINITE: infinite})
-    different = [f"{name} (a copy of {original})" for name, original in repeated.items()
-                 if not np.array_equal(tensors[name].read(), tensors[original].read())]
-    refuse(folder, {"different from the tensor that they repeat": different})
-    return {"params": {}, "routing": {}} | unflatten_dict(found, sep="/")
+    return tree_of(read)
+
+
+def tree_of(arrays: dict) -> dict:
+    """{`params`, `routing`} of what stands under the paths of arrays."""
+    return {"params": {}, "routing": {}} | unflatten_dict(arrays, sep="/")
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of a shape have the same values, and where they are of one dtype the same bytes."""
+    kind = np.uint8 if one.dtype == other.dtype else None
+    return all(np.array_equal(*(each.read(*rows).view(kind or DTYPES[each.dtype]) for each in (one, other)))
+               for rows in row_blocks(one.shape, one.dtype))
 
 
 NOT_FINITE = "not finite (NaN or infinite values)"
@@ -126,24 +145,70 @@ class Stored:
         places = [place for place in self.array.places if place.index[:len(index)] == index]
         shape, kinds = self.array.shape[len(index):], {self.tensors[place.name].dtype for place in places}
         dtype = dtype or (DTYPES[kinds.pop()] if len(kinds) == 1 else np.dtype(np.float32))
-        values, scales = np.empty(shape, dtype), None
+        values = np.empty(shape, dtype)
         if dtype == DTYPES[FP8]:
             scales = np.empty(blocks.scale_shape(shape), np.float32)
+            for place, (ending, whole) in product(places, (("", values), (SCALE, scales))):
+                read = self.tensors[place.name + ending].read()
+                if not blocks.finite(read):
+                    infinite.append(place.name + ending)
+                _bytes(whole)[place.index[len(index):]] = _bytes(read.T if place.transposed else read)
+            return Blocks(values, scales)
         for place in places:
-            at, read = place.index[len(index):], self.tensors[place.name].read()
-            if not blocks.finite(read):
-                infinite.append(place.name)
-            if self.tensors[place.name].dtype == FP8:
-                own = self.tensors[place.name + SCALE].read()
-                if not blocks.finite(own):
-                    infinite.append(place.name + SCALE)
-                    continue
-                if scales is None:
-                    read = blocks.dequantize(read, own)
-                else:
-                    scales[at] = own.T if place.transposed else own
-            _bytes(values)[at] = _bytes(read.T if place.transposed else read)
-        return values if scales is None else Blocks(values, scales)
+            part = values[place.index[len(index):]]
+            self._pour(place, [(tuple((0, length) for length in part.shape), part)], infinite)
+        return values
+
+    def split(self, sharding, infinite: list[str]) -> jax.Array:
+        """All of it in float32, split as a sharding says; names of tensors that are not finite are added to `infinite`.
+
+        This process holds what its own devices do and a piece of a tensor, and reads the rows of which they hold any
+        part, each once.
+        """
+        def bounds(index) -> tuple[tuple[int, int], ...]:
+            return tuple(part.indices(length)[:2] for part, length in zip(index, self.shape, strict=True))
+
+        held = {each: np.empty([end - first for first, end in each], np.float32) for each in map(
+            bounds, set(sharding.addressable_devices_indices_map(self.shape).values()))}
+        for place in self.array.places:
+            depth = len(place.index)
+            self._pour(place, [
+                (each[depth:], part[tuple(i - first for i, (first, _) in zip(place.index, each, strict=False))])
+                for each, part in held.items()
+                if all(first <= i < end for i, (first, end) in zip(place.index, each, strict=False))], infinite)
+        return jax.make_array_from_callback(self.shape, sharding, lambda index: held[bounds(index)])
+
+    def _pour(self, place: Place, parts: list[tuple], infinite: list[str]) -> None:
+        """Reads the rows of a tensor that `parts` of it hold, once and in pieces, into each, dequantised.
+
+        parts: (first, end) along each axis, and the array of them, as we hold them.
+        """
+        if not parts:
+            return
+        if place.transposed:
+            parts = [(each[::-1], part.T) for each, part in parts]
+        tensor, scales, aligned = self.tensors[place.name], None, 1
+        if tensor.dtype == FP8:
+            scales, aligned = self.tensors[place.name + SCALE].read(), blocks.BLOCK
+            if not blocks.finite(scales):
+                infinite.append(place.name + SCALE)
+        lowest, highest = min(each[0][0] for each, _ in parts), max(each[0][1] for each, _ in parts)
+        finite = True
+        for first, end in row_blocks(tensor.shape, tensor.dtype):
+            first, end = max(first, lowest - lowest % aligned), min(end, highest)
+            if first >= end:
+                continue
+            values = tensor.read(first, end)
+            finite = finite and blocks.finite(values)
+            if scales is not None:
+                values = blocks.dequantize(values, scales[first // aligned:-(-end // aligned)])
+            for ((low, high), *others), part in parts:
+                low_here, high_here = max(low, first), min(high, end)
+                if low_here < high_here:
+                    part[low_here - low:high_here - low] = values[
+                        (slice(low_here - first, high_here - first), *(slice(*other) for other in others))]
+        if not finite:
+            infinite.append(place.name)
 
 
 def _bytes(x: np.ndarray) -> np.ndarray:

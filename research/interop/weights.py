@@ -4,15 +4,29 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kernels.weight_only import Blocks
 from research import config
 from research.errors import RequestError
-from research.interop import blocks, huggingface
-from research.interop.variables import read_variables
+from research.interop import blocks, huggingface, storage
+from research.interop.names import SCALE, in_blocks, scales_path
+from research.interop.tensors import DTYPES, FP8
+from research.interop.variables import (
+    NOT_FINITE,
+    Array,
+    Stored,
+    arrays_of,
+    read_whole,
+    refuse,
+    stored_variables,
+    tree_of,
+)
 from research.model.build import make_model, variable_shapes
-from research.training.checkpoint import Checkpoints, differences
+from research.parallel import hosts
+from research.parallel.rules import shardings
+from research.training.checkpoint import Checkpoints, differences, params_of, saved_tree
 from research.tree import map_paths, paths
 
 
@@ -25,30 +39,99 @@ def read_weights(folder: Path, stored: bool = False) -> tuple[config.Settings, d
     """Settings and {`params`, `routing`} of a workdir (its newest intact checkpoint) or a Hugging Face folder.
 
     In float32, whatever they are stored in: FP8 blocks are dequantised, and a recipe that quantises finds the same
-    bytes and scales again. stored: as they are stored, FP8 blocks as `Blocks`; of a folder nothing is read before it is
-    asked for (variables.Stored).
+    bytes and scales again. stored: of a folder, or what a conversion made of one, nothing is read before it is asked
+    for (variables.Stored), and it comes as it is stored, FP8 blocks as `Blocks`.
     """
     settings = read_settings(folder)
+    checkpoints, step = _newest(folder, settings)
+    if not weights_alone(folder):
+        return settings, checkpoints.restore_weights(step)
+    found = _stored(folder, settings, step)
+    return settings, found if stored else read_whole(folder, found)
+
+
+def weights_for(model, settings, folder: Path, untie: bool = False) -> tuple[dict, str]:
+    """{`params`, `routing`} of either kind of checkpoint in float32, and in one line how they differ from the model's
+    (empty: not at all).
+
+    Over a mesh each array lies as the rules say, and each process reads what its own devices hold of it: no host has
+    the whole. untie: a model's own head begins as the embedding where the weights tie the two.
+    """
+    shapes = variable_shapes(model, settings)
+    mesh, wanted = model.products.mesh, {name: dict(shapes[name]) for name in ("params", "routing")}
+    theirs, alone = read_settings(folder), weights_alone(folder)
+    checkpoints, step = _newest(folder, theirs)
+    with hosts.refused_alike():
+        found = _stored(folder, theirs, step) if alone else checkpoints.weights(step)
+    untie = untie and "lm_head" in wanted["params"] and "lm_head" not in found["params"]
+    over, head = None if mesh is None else shardings(mesh, wanted).state, None
+    if untie:
+        del wanted["params"]["lm_head"]
+        head = over and over["params"].pop("lm_head")
+    floats = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), found)
+    if wrong := differences(floats, wanted):
+        return {}, wrong
+    if not alone:
+        variables = checkpoints.restore_weights(step, over)
+    else:
+        variables = read_whole(folder, found) if mesh is None else _split(folder, found, over)
+    if untie:
+        variables["params"]["lm_head"] = jax.jit(jnp.transpose, out_shardings=head)(variables["params"]["embed_tokens"])
+    return variables, ""
+
+
+def _split(folder: Path, stored: dict, over: dict) -> dict:
+    """`Stored` arrays in float32 as `over` lays them out; RequestError on all processes for what any does not read."""
+    places, infinite = paths(over), []
+    with hosts.refused_alike():
+        variables = map_paths(lambda path, array: array.split(places[path], infinite), stored)
+    refuse(folder, {NOT_FINITE: sorted({name for names in hosts.from_all(infinite) for name in names})})
+    return variables
+
+
+def _stored(folder: Path, settings, step: int | None) -> dict:
+    """{`params`, `routing`} as `Stored` arrays of a Hugging Face folder, or of what research.convert made of one."""
+    if step is None:
+        return stored_variables(folder, settings)
+    path, arrays = folder / "checkpoints" / str(step), arrays_of(settings)
+    dtypes, state = stored_dtypes(folder, saved_tree(path), arrays), path / "state"
+    tensors = {place.name + ending: way.tensor(state, place.index) for path, array in arrays.items()
+               for ending, way in zip(("", SCALE), storage.stored(array, dtypes[path]), strict=True) if way
+               for place in array.places}
+    return tree_of({path: Stored(folder, array, tensors) for path, array in arrays.items()})
+
+
+def stored_dtypes(source: Path, saved: dict, arrays: dict[str, Array]) -> dict[str, str]:
+    """{path: dtype} of a checkpoint's weights, checked to be the model's arrays, and the scales of those in FP8."""
+    weights = {"params": saved[params_of(saved)], "routing": saved["routing"]}
+    scales = paths(saved.get("scales", {}))
+    expected = {path: array.shape for path, array in arrays.items()}
+    found = {path: tuple(leaf.shape) for path, leaf in paths(weights).items()}
+    dtypes = {path: np.dtype(leaf.dtype) for path, leaf in paths(weights).items()}
+    narrow = [path for path, dtype in dtypes.items() if dtype == DTYPES[FP8]]
+    expected |= {scales_path(path): blocks.scale_shape(found[path]) for path in narrow}
+    found |= {f"scales/{path}": tuple(leaf.shape) for path, leaf in scales.items()}
+    refuse(source, {
+        "missing": sorted(expected.keys() - found.keys()),
+        "left over": sorted(found.keys() - expected.keys()),
+        "of another shape": [f"{path} is {list(found[path])} and must be {list(expected[path])}"
+                             for path in sorted(expected.keys() & found.keys()) if found[path] != expected[path]],
+        "of a dtype that is not read": [f"{path} is {dtype}" for path, dtype in sorted(dtypes.items())
+                                        if dtype not in DTYPES.values() or (path in narrow and not in_blocks(path))],
+    })
+    return {path: next(word for word, known in DTYPES.items() if known == dtype) for path, dtype in dtypes.items()}
+
+
+def _newest(folder: Path, settings) -> tuple[Checkpoints, int] | tuple[None, None]:
+    """A workdir's checkpoints, and the newest step that is intact, of several processes as the first says; of a Hugging
+    Face folder None."""
     if not (folder / "checkpoints").is_dir():
-        return settings, read_variables(folder, settings, stored)
+        return None, None
     checkpoints = Checkpoints(folder / "checkpoints", settings.checkpoint.keep_last, settings.checkpoint.keep_best)
-    step = checkpoints.newest_intact()
+    step = checkpoints.agreed()
     if step is None:
         raise RequestError(f"{folder / 'checkpoints'} holds no intact checkpoint")
-    return settings, _floats(checkpoints.restore_weights(step), stored)
-
-
-def _floats(saved: dict, stored: bool) -> dict:
-    """{`params`, `routing`} in float32, or as they are stored."""
-    scales = {f"params/{path}": leaf for path, leaf in paths(saved.get("scales", {})).items()}
-
-    def as_asked(path, leaf):
-        if path in scales:
-            block = np.asarray(leaf), np.asarray(scales[path])
-            return Blocks(*block) if stored else blocks.dequantize(*block)
-        return leaf if stored or leaf.dtype == np.float32 else np.asarray(leaf, np.float32)
-
-    return map_paths(as_asked, {name: saved[name] for name in ("params", "routing")})
+    return checkpoints, step
 
 
 def weights_alone(folder: Path) -> bool:
@@ -93,13 +176,9 @@ def initial_variables(model, settings) -> dict:
     """
     folder = Path(settings.checkpoint.initialize_from).expanduser()
     try:
-        _, saved = read_weights(folder)
+        variables, wrong = weights_for(model, settings, folder, untie=True)
     except RequestError as error:
         raise RequestError.field("checkpoint.initialize_from", str(folder), f"cannot be used: {error}") from None
-    if not settings.model.tie_word_embeddings and "lm_head" not in saved["params"]:
-        head_DV = np.ascontiguousarray(np.asarray(saved["params"]["embed_tokens"]).T)
-        saved = saved | {"params": saved["params"] | {"lm_head": head_DV}}
-    variables, wrong = variables_of(saved, model, settings)
     if wrong:
         raise RequestError.field("checkpoint.initialize_from", str(folder), f"is of another model: {wrong}")
     return variables

@@ -174,6 +174,19 @@ def agree(values: dict[str, Any], needed: str) -> None:
         raise RequestError(f"{told[0]}: all processes need the same {needed}")
 
 
+@contextlib.contextmanager
+def refused_alike():
+    """A RequestError of the body on any process is raised on all; the body itself waits for no other process."""
+    wrong = ""
+    try:
+        yield
+    except RequestError as error:
+        wrong = str(error)
+    told = [wrong for wrong in from_all(wrong) if wrong]
+    if told:
+        raise RequestError(told[0])
+
+
 def from_all(value: Any) -> list:
     """The values (JSON) of all processes in their order, on all."""
     if not several():

@@ -185,17 +185,23 @@ class Checkpoints:
             raise RequestError(f"{path} belongs to another model: {found}")
         return _read(path, abstract_state), record
 
-    def restore_weights(self, step: int) -> dict[str, Any]:
-        """`params`, `routing` and, where they were saved, `scales` of `step`, as they are stored.
+    def weights(self, step: int) -> dict[str, Any]:
+        """What `restore_weights` gives, with a shape and a dtype at each leaf; no array is read."""
+        saved = saved_tree(self._intact(step))
+        return {"params": saved[params_of(saved)], "routing": saved["routing"]}
+
+    def restore_weights(self, step: int, over: dict[str, Any] | None = None) -> dict[str, Any]:
+        """`params` and `routing` of `step`, as they are stored; over: their shardings, None: on the first device.
 
         `params` are the average of the weights where the run kept one, as in its evaluations. Without knowledge of
-        model or optimiser. `scales`: of weights in FP8 blocks, see research/interop/storage.py.
+        model or optimiser.
         """
-        path = self._intact(step)
-        saved = saved_tree(path)
-        wanted = params_of(saved), "routing", "scales"
-        read = _read(path, {name: saved[name] for name in wanted if saved.get(name) is not None})
-        return {"params": read.pop(wanted[0]), **read}
+        path, wanted = self._intact(step), self.weights(step)
+        if over:
+            wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), wanted, over)
+        name = params_of(saved_tree(path))
+        read = _read(path, {name: wanted["params"], "routing": wanted["routing"]})
+        return {"params": read[name], "routing": read["routing"]}
 
     def list(self) -> Sequence[int]:
         """The steps on disk, ascending, damaged ones included."""

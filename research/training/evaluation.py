@@ -3,22 +3,15 @@
 import math
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
 from absl import logging
 
-from research import environment
 from research.accounting.parameters import is_routed_expert
-from research.data.pipeline import load_corpus
-from research.data.tokenizer import Tokenizer
-from research.errors import RequestError
-from research.interop.weights import read_weights, variables_of
 from research.model.balance import load_violation, relative_load
-from research.model.build import make_model, variable_shapes
+from research.model.build import variable_shapes
 from research.parallel import hosts
-from research.parallel.mesh import make_mesh
 from research.parallel.placement import fullest, place, slots_of
 from research.training.metrics import Progress
 from research.training.step import make_eval_step, shardings_of
@@ -114,23 +107,6 @@ def with_redundant_experts(model, state, corpus, settings):
         state["params"] if state["ema"] is None else state["ema"])
     routing = map_paths(of_routing, variable_shapes(model, settings)["routing"])
     return model, {"params": params, "routing": jax.device_put(routing, over.state["routing"]), "ema": None}
-
-
-@environment.runnable()
-def evaluate_weights(settings, folder: Path) -> dict:
-    """Evaluates a Hugging Face folder, or what research.convert wrote, on the text that `settings.data` holds out.
-
-    Writes nothing. Tokens are those of the folder's own tokenizer.json. Raises RequestError.
-    """
-    if hosts.several():
-        raise RequestError(f"--workdir={folder} holds weights alone, which one process evaluates")
-    corpus = load_corpus(settings, Tokenizer.load(folder))
-    model = make_model(settings, make_mesh(settings))
-    variables, wrong = variables_of(read_weights(folder)[1], model, settings)
-    if wrong:
-        raise RequestError(f"--workdir={folder} holds another model: {wrong}")
-    environment.pin_threads()
-    return on_held_out(model, jax.device_put(variables) | {"ema": None}, corpus, settings)
 
 
 def on_held_out(model, state, corpus, settings) -> dict:

@@ -18,6 +18,7 @@ from research.command import Stopped
 from research.data.pipeline import load_corpus
 from research.data.tokenizer import Tokenizer
 from research.errors import Diverged, RequestError, RunError
+from research.interop.weights import initial_variables, weights_for
 from research.model.build import check_implementations, make_model
 from research.parallel import hosts
 from research.parallel.mesh import make_mesh
@@ -196,6 +197,23 @@ def evaluate_newest(settings: config.Settings, workdir: Path) -> dict:
     return {"step": step} | evaluation.on_held_out(model, state, corpus, settings)
 
 
+@environment.runnable()
+def evaluate_weights(settings, folder: Path) -> dict:
+    """Evaluates a Hugging Face folder, or what research.convert wrote, on the text that `settings.data` holds out.
+
+    Writes nothing. Tokens are those of the folder's own tokenizer.json. Raises RequestError.
+    """
+    corpus = load_shared(settings, Tokenizer.load(folder))
+    model = make_model(settings, make_mesh(settings))
+    corpus = shared_out(corpus, model, settings)
+    variables, wrong = weights_for(model, settings, folder)
+    if wrong:
+        raise RequestError(f"--workdir={folder} holds another model: {wrong}")
+    environment.pin_threads()
+    variables = variables if model.products.mesh else jax.device_put(variables)
+    return evaluation.on_held_out(model, variables | {"ema": None}, corpus, settings)
+
+
 def load_shared(settings, tokenizer: Tokenizer | None = None):
     """The corpus, which the first process tokenizes where the cache is shared; all make sure that it is the same."""
     with hosts.first_alone():
@@ -231,8 +249,6 @@ def start(model, settings, checkpoints: Checkpoints):
     if checkpoints.list():
         logging.warning("no checkpoint in %s is intact: starting again from step 0", checkpoints.directory)
     if settings.checkpoint.initialize_from:
-        from research.interop.weights import initial_variables
-
         return init_state(model, settings, initial_variables(model, settings)), {}
     return init_state(model, settings), {}
 

@@ -4,7 +4,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from research.errors import RequestError
@@ -22,14 +21,14 @@ from research.training.optimizer import make_optimizer
 def init_state(model: Transformer, settings, variables=None):
     """The state of step 0: params, routing (biases), amax (of delayed scaling), optimizer, ema (None when off), step.
 
-    variables: weights to start from; None: drawn from `training.seed`. On a mesh it is split as the rules say.
+    variables: weights to start from, NumPy's or as they lie over the mesh; None: drawn from `training.seed`. On a mesh
+    it is split as the rules say.
     """
     if variables is None:
         variables = init_variables(model, settings, settings.training.seed)
     over, placing = shardings_of(model, settings), {}
     if over:
         placing = {"out_shardings": over.state}
-        variables = jax.tree.map(np.asarray, variables)  # those of a checkpoint are bound to one device
     return jax.jit(partial(_first_state, model, settings), **placing)(variables)
 
 

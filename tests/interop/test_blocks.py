@@ -15,14 +15,15 @@ from safetensors.numpy import save_file
 
 from kernels.quantize import reference
 from research.errors import RequestError
-from research.interop import blocks
+from research.interop import blocks, transfer
 from research.interop.huggingface import read_settings
-from research.interop.tensors import list_tensors
-from research.interop.variables import read_variables
-from tests.interop.test_huggingface import GOLDEN
+from research.interop.names import SCALE, Place
+from research.interop.tensors import Tensor, list_tensors
+from research.interop.variables import Array, Stored
+from tests.interop.test_huggingface import GOLDEN, read_variables
 
 FP8 = GOLDEN / "deepseek_v3_tiny_fp8"
-Q_A = "model.layers.1.self_attn.q_a_proj.weight"
+Q_A, GATE = "model.layers.1.self_attn.q_a_proj.weight", "model.layers.0.mlp.gate_proj.weight"
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**32 - 1), st.booleans())
@@ -53,6 +54,35 @@ def test_stacks_are_dequantised_one_by_one():
     pairs = [blocks.quantize(random.normal(size=(130, 200)).astype(np.float32)) for _ in range(3)]
     values, scales = (np.stack(parts) for parts in zip(*pairs, strict=True))
     np.testing.assert_array_equal(blocks.dequantize(values, scales), [blocks.dequantize(*pair) for pair in pairs])
+
+
+@pytest.mark.parametrize("narrow", (True, False), ids=("FP8", "float32"))
+def test_what_devices_hold_is_read_in_pieces_and_nothing_else(narrow, tmp_path, monkeypatch):
+    """Ragged blocks of a matrix that we hold transposed, (in, out); parts that begin within a block, and one twice."""
+    monkeypatch.setattr(transfer, "AT_ONCE", 1)
+    random = np.random.default_rng(0)
+    x_RC = random.normal(size=(400, 200)).astype(np.float32) * np.exp2(np.arange(400, dtype=np.float32)[:, None] // 64)
+    values_RC, scales = blocks.quantize(x_RC)
+    wide_RC = blocks.dequantize(values_RC, scales) if narrow else x_RC
+    save_file({"w": values_RC, f"w{SCALE}": scales} if narrow else {"w": x_RC}, tmp_path / "model.safetensors")
+    array = Stored(tmp_path, Array("params/w", (1, 200, 400), (Place("w", (0,), True),)), list_tensors(tmp_path))
+    read, real = [], Tensor.read
+    monkeypatch.setattr(Tensor, "read", lambda self, *rows: read.append(rows) or real(self, *rows))
+    monkeypatch.setattr(jax, "make_array_from_callback", lambda _, sharding, give: [give(at) for at in sharding.all])
+
+    class Sharding:
+        def __init__(self, *parts):
+            self.all = [(slice(None), *parts) for parts in parts]
+
+        def addressable_devices_indices_map(self, shape):
+            return dict(enumerate(self.all))
+
+    parts = (slice(0, 100), slice(150, 300)), (slice(100, 200), slice(150, 300)), (slice(0, 100), slice(150, 300))
+    for found, (C, R) in zip(array.split(Sharding(*parts), []), parts, strict=True):
+        np.testing.assert_array_equal(found[0], wide_RC[R, C].T)
+    assert read == ([(), (128, 256), (256, 300)] if narrow else [(150, 256), (256, 300)])
+    np.testing.assert_array_equal(array.split(Sharding((slice(None), slice(None))), [])[0][0], wide_RC.T)
+    np.testing.assert_array_equal(array.read((), [], np.dtype(np.float32))[0], wide_RC.T)
 
 
 def test_what_is_finite():
@@ -86,6 +116,10 @@ WRONG_TENSORS = {
                                       f"1 scales without a weight in F8_E4M3: {Q_A}_scale_inv"),
     "scales of another shape": ({f"{Q_A}_scale_inv": np.ones((1, 2), np.float32)},
                                 f"{Q_A}_scale_inv is [1, 2] and must be [1, 1]"),
+    "scales the wrong way round": (
+        {f"{GATE}_scale_inv": np.ones((1, 2), np.float32)}, f"{GATE}_scale_inv is [1, 2] and must be [2, 1]"),
+    "scales in E8M0": ({f"{Q_A}_scale_inv": np.ones((1, 1), ml_dtypes.float8_e8m0fnu)},
+                       f"{Q_A}_scale_inv is F8_E8M0 and must be F32"),
     "scales in 16 bits": ({f"{Q_A}_scale_inv": np.ones((1, 1), ml_dtypes.bfloat16)},
                           f"{Q_A}_scale_inv is BF16 and must be F32"),
     "a norm in FP8": ({"model.norm.weight": np.ones(64, ml_dtypes.float8_e4m3fn)},

@@ -22,7 +22,6 @@ from research.interop.importer import import_folder
 from research.interop.names import SCALE
 from research.interop.scoring import logits
 from research.interop.tensors import FP8, INDEX, list_tensors
-from research.interop.variables import read_variables
 from research.interop.weights import initial_variables, read_weights
 from research.model.build import make_model
 from research.training import evaluation
@@ -30,7 +29,16 @@ from research.training.checkpoint import Checkpoints, damage
 from research.tree import paths
 from tests.commands import exit_code
 from tests.interop.test_blocks import Q_A, changed, nan
-from tests.interop.test_huggingface import FOLDERS, GOLDEN, copy, in_their_names, random_model, weights, write
+from tests.interop.test_huggingface import (
+    FOLDERS,
+    GOLDEN,
+    copy,
+    in_their_names,
+    random_model,
+    read_variables,
+    weights,
+    write,
+)
 from tests.interop.test_score import workdir
 
 FP8_FOLDER, MTP = GOLDEN / "deepseek_v3_tiny_fp8", GOLDEN / "deepseek_v3_tiny_mtp"
@@ -62,6 +70,10 @@ def test_weights_of_a_workdir_are_those_of_its_folder(made):
         for path, values in expected.items():
             assert found[path].dtype == np.float32
             np.testing.assert_array_equal(found[path], values, err_msg=path)
+    theirs, ours = (paths(read_weights(folder, stored=True)[1])["params/layers/mlp/up_proj"][-1]
+                    for folder in (FP8_FOLDER, made("deepseek_v3_tiny_fp8")[0]))
+    np.testing.assert_array_equal(theirs.values_DF.view(np.uint8), ours.values_DF.view(np.uint8))
+    np.testing.assert_array_equal(theirs.scales_GB, ours.scales_GB)
 
 
 def test_golden_logits_of_a_workdir_in_fp8_notice_each_bug(made):
@@ -231,15 +243,22 @@ def test_blocks_in_pieces_of_rows_are_blocks_at_once(tmp_path, monkeypatch):
     export_workdir(tmp_path / "ours", tmp_path / "narrow", None, None)
     export_workdir(tmp_path / "ours", tmp_path / "wide", "none", None)
     narrow, wide = list_tensors(tmp_path / "narrow"), list_tensors(tmp_path / "wide")
-    _, variables = read_weights(tmp_path / "ours")
     for name in shapes:
         name = f"model.layers.0.{name}.weight"
         values, scales = blocks.quantize(tensors[name])
         assert narrow[name].read().tobytes() == values.tobytes()
         np.testing.assert_array_equal(narrow[name + SCALE].read(), scales)
         np.testing.assert_array_equal(wide[name].read(), blocks.dequantize(values, scales))
-    np.testing.assert_array_equal(variables["params"]["dense_layers"]["mlp"]["down_proj"]["kernel"][0],
-                                  wide["model.layers.0.mlp.down_proj.weight"].read().T)
+    import_folder(tmp_path / "narrow", tmp_path / "copied", None, None)  # a release's own blocks, byte for byte
+    export_workdir(tmp_path / "copied", tmp_path / "back", None, None)
+    assert stored(tmp_path / "back") == stored(tmp_path / "narrow")
+    for name in ("ours", "copied", "narrow"):
+        _, variables = read_weights(tmp_path / name)
+        np.testing.assert_array_equal(variables["params"]["dense_layers"]["mlp"]["down_proj"]["kernel"][0],
+                                      wide["model.layers.0.mlp.down_proj.weight"].read().T, err_msg=name)
+    _, kept = read_weights(tmp_path / "copied", stored=True)
+    down = kept["params"]["dense_layers"]["mlp"]["down_proj"]["kernel"][0]
+    np.testing.assert_array_equal(down.scales_GB, narrow[f"model.layers.0.mlp.down_proj.weight{SCALE}"].read().T)
 
 
 # Wrong requests

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from research import convert
 from research.errors import RequestError, RunError
 from research.interop import destination, shards
 from research.interop.exporter import export_workdir
 from research.interop.importer import import_folder
 from research.interop.tensors import INDEX
 from research.training.checkpoint import damage
+from tests.commands import exit_code
 from tests.interop.test_convert import FP8_FOLDER, STEP, refused
 from tests.interop.test_huggingface import GOLDEN
 
@@ -28,11 +30,32 @@ def test_destinations_that_are_not_written(made, tmp_path):
     (tmp_path / "file").write_text("")
     for name in ("there", "link"):
         refused("exists already", import_folder, GOLDEN / "qwen2_tiny", tmp_path / name, None, None)
+    with pytest.raises(RequestError, match="--destination='/' exists already"):
+        import_folder(GOLDEN / "qwen2_tiny", Path("/"), None, None)
     with pytest.raises(RequestError, match="cannot be written: Not a directory"):
         import_folder(GOLDEN / "qwen2_tiny", tmp_path / "file" / "b", None, None)
     with destination.built(tmp_path / "b", {}):
         ours = made("qwen2_tiny")[0]
         refused("is being written by another process", export_workdir, ours, tmp_path / "b", None, None)
+
+
+@pytest.mark.parametrize("unread", ("generation_config.json", "checkpoints"))
+def test_a_source_that_cannot_be_read(unread, tmp_path, monkeypatch, capsys):
+    """Of what goes along it is named before a tensor is moved; root may read all, so that the refusal is made here."""
+    folder = Path(shutil.copytree(GOLDEN / "qwen2_tiny", tmp_path / "a"))
+    (folder / "generation_config.json").write_text("{}")
+    for name in ("is_dir", "read_bytes"):
+        real = getattr(Path, name)
+
+        def guarded(self, real=real):
+            if self.name == unread:
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return real(self)
+
+        monkeypatch.setattr(Path, name, guarded)
+    assert exit_code(convert, f"--source={folder}", f"--destination={tmp_path / 'b'}") == 2
+    assert "cannot be read: Permission denied" in capsys.readouterr().err.splitlines()[-1]
+    assert {path.name for path in tmp_path.iterdir()} == {"a"}
 
 
 def failing(monkeypatch, after):

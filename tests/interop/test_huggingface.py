@@ -21,7 +21,7 @@ from research import config
 from research.errors import RequestError
 from research.interop.huggingface import is_huggingface, read_settings
 from research.interop.scoring import logits
-from research.interop.variables import read_variables
+from research.interop.variables import read_whole, stored_variables
 from research.model.attention import MultiHeadLatentAttention
 from research.model.build import make_model, variable_shapes
 from research.tree import map_paths, paths
@@ -31,6 +31,10 @@ FOLDERS = ("deepseek_v2_tiny", "deepseek_v3_tiny", "deepseek_v3_tiny_fp8", "deep
            "qwen2_tiny")
 V3 = "deepseek_v3_tiny"
 Q_A = "model.layers.1.self_attn.q_a_proj.weight"
+
+
+def read_variables(folder, settings):
+    return read_whole(folder, stored_variables(folder, settings))
 
 
 @cache

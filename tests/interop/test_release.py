@@ -60,5 +60,7 @@ def test_the_plan_of_the_release_counts_its_weights():
     assert sum(math.prod(entry.shape) for entry in scales) == 41_540_496
     assert written == read - 2 * 129280 * 7168 * 2  # copies of the embedding and the head
     assert "at 1,000 MB/s: 11.5 minutes" in lines[5]
+    share = [4 * weights for weights in (684_489_845_504 - 2 * 129280 * 7168, 59 * 256 * 3 * 7168 * 2048)]
+    assert lines[-1].endswith(f"holds {(share[0] - share[1] * 255 / 256) / 1e9:.1f} GB in float32")
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels.attention import attention
 from kernels.choice import gpu_refusal
 from kernels.comparison import relative_error
 from kernels.grouped import mosaic as grouped_mosaic
@@ -116,6 +117,26 @@ def test_products(name, shape):
 @pytest.mark.parametrize("name, shape", shapes_of(["mla_decode"]))
 def test_mla_decode(name, shape):
     assert_right(name, shape, OPERATIONS[name].chosen(shape), OPERATIONS[name].tolerance)
+
+
+@pytest.mark.parametrize("how, packed", [("cudnn", False), ("xla", False), ("xla", True)])
+@pytest.mark.parametrize("N, G, H, J", [(4, 4, 192, 128), (4, 2, 128, 128)])
+def test_attention(how, packed, N, G, H, J):
+    """Of each result's norm, in value and gradient: bfloat16 rounds operands, probabilities and results."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = (2, 1000, N, H), (2, 1000, G, H), (2, 1000, G, J), (2, 1000, N, J)
+    *inputs, do_BTNJ = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
+    segments_BT = jnp.arange(1000)[None].repeat(2, 0) // 300 + 1 if packed else None
+
+    def value_and_gradients(implementation, inputs, do_BTNJ):
+        value, backward = jax.vjp(lambda *x: attention(*x, segments_BT, H**-0.5, implementation), *inputs)
+        return value, backward(do_BTNJ)
+
+    exact = [x.astype(jnp.float32) for x in (*inputs, do_BTNJ)]
+    with jax.default_matmul_precision("highest"):
+        expected = jax.jit(partial(value_and_gradients, "reference"))(exact[:3], exact[3])
+    actual = jax.jit(partial(value_and_gradients, how))(inputs, do_BTNJ)
+    assert relative_error(actual, expected) <= 1e-2
 
 
 @pytest.mark.parametrize("splits", [1, 4, 7])

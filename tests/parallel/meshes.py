@@ -6,6 +6,7 @@ import re
 import sys
 import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 DEVICES = 8
 FIELDS = {
@@ -141,12 +142,13 @@ def dispatched() -> dict:
         "lowered": re.findall(r"@ragged_all_to_all[^\n]*-> tensor<(\w+)>", text)}
 
 
-def restored(folder: str) -> dict:
+def restored(folder: Path) -> dict:
     """Shapes on a device of experts saved by two stages of fsdp 4, read by expert 2 and by one; whether all bits are
-    equal."""
+    equal, and those of the average that a run starts from on expert 2."""
     import jax
     import numpy as np
 
+    from research.interop.weights import weights_for
     from research.parallel.mesh import make_mesh
     from research.training.checkpoint import Checkpoints
     from research.training.step import abstract_state, init_state
@@ -162,13 +164,64 @@ def restored(folder: str) -> dict:
     def held(state):
         return list(state["params"]["layers"]["mlp"]["gate_proj"].addressable_shards[0].data.shape)
 
-    state, checkpoints = init_state(*on(pipeline=2, fsdp=4)), Checkpoints(folder, 1, 0)
+    def equal(one, other):
+        return all(np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (one, other)), strict=True))
+
+    model, s, variables = on(pipeline=2, fsdp=4)
+    state, checkpoints = init_state(model, s, variables), Checkpoints(folder / "checkpoints", 1, 0)
+    state["ema"] = jax.tree.map(lambda x: 2 * x, state["params"])
     checkpoints.save(3, state, {})
     checkpoints.close()
+    (folder / "config.json").write_text(s.to_json())
     read = [checkpoints.restore(3, abstract_state(*on(**sizes)[:2]))[0] for sizes in ({"expert": 2}, {})]
-    equal = [all(np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (state, other)), strict=True))
-             for other in read]
-    return {"saved": held(state), "two": held(read[0]), "one": held(read[1]), "equal": equal}
+    begun, wrong = weights_for(*on(expert=2)[:2], folder)
+    return {"saved": held(state), "two": held(read[0]), "one": held(read[1]), "begun": wrong or held(begun),
+            "equal": [equal(state, other) for other in read] + [equal(state["ema"], begun["params"])]}
+
+
+def placed(folder: Path) -> dict:
+    """Of golden folders, and of a workdir made of one, read onto fsdp 2 x expert 2 x tensor 2: what a device holds,
+    whether every bit is that which one device reads, and the bytes read of tensors. `untied`: of a dense one, whose
+    head begins as the embedding."""
+    from unittest import mock
+
+    import numpy as np
+
+    from research.config import check
+    from research.interop.importer import import_folder
+    from research.interop.tensors import Tensor
+    from research.interop.weights import read_settings, read_weights, weights_for
+    from research.model.build import make_model
+    from research.parallel.mesh import make_mesh
+    from research.tree import paths
+
+    golden = Path(__file__).parents[1] / "golden"
+    import_folder(golden / "deepseek_v3_tiny_fp8", folder / "converted", None, None)
+    sizes, read = [], Tensor.read
+
+    def counted(*arguments):
+        values = read(*arguments)
+        sizes.append(values.nbytes)
+        return values
+
+    def onto(source, untie=False):
+        c = read_settings(source).to_config()
+        c.mesh.fsdp, c.mesh.expert, c.mesh.tensor = (2, 2 if c.model.n_routed_experts else 1, 2)
+        c.model.tie_word_embeddings = c.model.tie_word_embeddings and not untie
+        s = check(c)
+        with mock.patch.object(Tensor, "read", counted):
+            sizes.clear()
+            variables, wrong = weights_for(make_model(s, make_mesh(s)), s, source, untie)
+        found, expected = paths(variables), paths(read_weights(source)[1])
+        if untie:
+            expected["params/lm_head"] = expected["params/embed_tokens"].T
+        return {"wrong": wrong, "read": sum(sizes),
+                "held": {path: x.addressable_shards[0].data.shape for path, x in found.items()},
+                "equal": found.keys() == expected.keys() and all(
+                    np.array_equal(found[path], value) for path, value in expected.items())}
+
+    return {"folder": onto(golden / "deepseek_v3_tiny_fp8"), "workdir": onto(folder / "converted"),
+            "untied": onto(golden / "qwen2_tiny", untie=True)}
 
 
 def evaluated() -> list[dict]:
@@ -269,5 +322,6 @@ if __name__ == "__main__":
     jax.config.update("jax_numpy_rank_promotion", "raise")
     with tempfile.TemporaryDirectory() as folder:
         json.dump({name: run(name) for name in MESHES} | {
-            "restored": restored(folder), "ragged": ragged(), "evaluated": evaluated(),
-            "dispatched": dispatched(), "in 8 bits": [in_8_bits(), in_8_bits(data=2, fsdp=2, expert=2)]}, sys.stdout)
+            "restored": restored(Path(folder)), "placed": placed(Path(folder)), "ragged": ragged(),
+            "evaluated": evaluated(), "dispatched": dispatched(),
+            "in 8 bits": [in_8_bits(), in_8_bits(data=2, fsdp=2, expert=2)]}, sys.stdout)

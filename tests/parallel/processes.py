@@ -56,8 +56,9 @@ def of_slurm(number: int, address: str) -> dict[str, str]:
             "SLURM_PROCID": str(number), "SLURM_LOCALID": "0", "JAX_COORDINATOR_PORT": port}
 
 
-def pair(number: int) -> dict:
-    """What process `number` of two finds: values, refusals, and steps of meshes over both."""
+def pair(number: int, folders: Path) -> dict:
+    """What process `number` of two finds: values, refusals, steps of meshes over both, and what it reads of `folders`:
+    a release as it is, and `torn`, with a NaN."""
     from research.errors import RequestError
     from research.parallel import hosts
     from research.parallel.mesh import make_mesh
@@ -79,13 +80,43 @@ def pair(number: int) -> dict:
     found["other"] = refusal(lambda: hosts.agree({"config.a": 1, "config.b": number}, "command"))
     found["missing"] = refusal(lambda: hosts.agree({"config.a": 1} if number else {}, "command"))
     found["wrong"] = refusal(lambda: hosts.from_first(wrong))
+    found["alike"] = refusal(hosts.refused_alike()(lambda: wrong() if number else None))
 
     stop = StopRequests(hosts.Stops(make_mesh(tiny.settings(SHAPE | {"mesh.expert": 2}))))
     votes = []
     for code in (0, 143 if number else 0, 130):
         stop.code = code
         votes.append((stop.agreed(stop.asked()), stop.code))
-    return found | {"votes": votes, "steps": {name: steps(*fields) for name, fields in MESHES.items()}}
+    found["torn"] = refusal(lambda: read(folders / "torn"))
+    return found | {"votes": votes, "read": read(folders / "whole"),
+                    "steps": {name: steps(*fields) for name, fields in MESHES.items()}}
+
+
+def read(folder: Path) -> dict:
+    """The experts of a release whose weights this process reads onto the mesh of two, and what it holds of them."""
+    from unittest import mock
+
+    import numpy as np
+
+    from research.config import check
+    from research.interop import variables
+    from research.interop.weights import read_settings, weights_for
+    from research.model.build import make_model
+    from research.parallel.mesh import make_mesh
+
+    c = read_settings(folder).to_config()
+    c.mesh.expert = 2
+    s, names, pour = check(c), [], variables.Stored._pour
+
+    def noted(self, place, parts, infinite):
+        names.extend([place.name] if parts else [])
+        pour(self, place, parts, infinite)
+
+    with mock.patch.object(variables.Stored, "_pour", noted):
+        found, _ = weights_for(make_model(s, make_mesh(s)), s, folder)
+    up = found["params"]["layers"]["mlp"]["up_proj"].addressable_data(0)
+    return {"experts": sorted({int(name.split(".experts.")[1].split(".")[0]) for name in names if ".experts." in name}),
+            "names": len(names), "held": np.asarray(up).tolist()}
 
 
 def steps(sizes: dict, shape: dict) -> dict:
@@ -104,7 +135,7 @@ def steps(sizes: dict, shape: dict) -> dict:
     share = hosts.Share(shardings_of(model, s).batch)
     rows = share.rows(np.arange(len(ROWS)))
     batches = [{name: x[rows] for name, x in tiny.batch(ROWS, seed=number).items()} for number in range(STEPS)]
-    state = init_state(model, s, jax.device_put(variables, jax.local_devices()[0]))  # as a checkpoint's weights are
+    state = init_state(model, s, jax.tree.map(np.asarray, variables))
     step, metrics = make_train_step(model, s), []
     for batch in batches:
         state, told = step(state, share.whole(batch))
@@ -134,7 +165,7 @@ if __name__ == "__main__":
         from research.parallel import hosts
 
         hosts.join(sys.argv[2], 2, int(sys.argv[3]), HEARTBEAT)
-        Path(sys.argv[4]).write_text(json.dumps(pair(int(sys.argv[3]))))
+        Path(sys.argv[4]).write_text(json.dumps(pair(int(sys.argv[3]), Path(sys.argv[4]).parent)))
         hosts.last_words(lambda: "the last checkpoint is here")
         if not hosts.is_first():
             os.kill(os.getpid(), signal.SIGSTOP)  # connected, and says nothing any more

@@ -10,14 +10,20 @@ import pytest
 
 from research import main
 from research.errors import RequestError
+from research.interop.names import SCALE
+from research.interop.tensors import list_tensors
+from research.interop.weights import read_weights
 from research.parallel import hosts
 from research.training import loop
 from research.training.step import init_state, make_train_step
 from tests import tiny
 from tests.commands import exit_code
+from tests.interop.test_huggingface import GOLDEN
 from tests.parallel import processes
 from tests.parallel.meshes import ROWS
 from tests.training import runs
+
+FP8_FOLDER = GOLDEN / "deepseek_v3_tiny_fp8"
 
 RUN = {
     "model.hidden_size": 16, "model.intermediate_size": 16, "model.num_attention_heads": 2, "model.head_dim": 8,
@@ -137,6 +143,12 @@ def test_the_first_process_alone_speaks(lives, folder):
 def pair(tmp_path_factory):
     """What two processes find, and how the first ends when the second has fallen silent."""
     address, folder = processes.free_address(), tmp_path_factory.mktemp("pair")
+    for name in ("whole", "torn"):
+        shutil.copytree(FP8_FOLDER, folder / name)
+    tensor = list_tensors(folder / "torn")["model.layers.2.mlp.experts.6.up_proj.weight"]
+    with tensor.path.open("r+b") as file:
+        file.seek(tensor.begin)
+        file.write(b"\x7f")
     files = [folder / f"{number}.json" for number in range(2)]
     first, second = (processes.start("pair", address, number, file, cache=folder / "xla")
                      for number, file in enumerate(files))
@@ -161,6 +173,7 @@ def test_processes_agree_or_are_refused_alike(pair):
     for found in (one, other):
         assert found["told"] == [0, "a"] and found["all"] == [0, 1]
         assert found["equal"] == "" and found["wrong"] == "the first's own"
+        assert found["alike"] == "the first's own"  # which the second alone has said
         assert found["other"] == "config.b=1 on process 1 is 0 on process 0: all processes need the same command"
         assert found["missing"].startswith("config.a=1 on process 1 is None on process 0")
 
@@ -169,6 +182,20 @@ def test_votes_are_the_largest_of_all(pair):
     """Each takes over what all have agreed on."""
     assert pair[0][0]["votes"] == [[0, 0], [143, 143], [130, 130]]
     assert pair[0][1]["votes"] == [[0, 0], [143, 143], [130, 130]]
+
+
+def test_each_process_reads_its_own_experts_of_a_release(pair):
+    """What is no expert is on both; what the second finds wrong both refuse, in the same words."""
+    _, variables = read_weights(FP8_FOLDER)
+    up = variables["params"]["layers"]["mlp"]["up_proj"]
+    tensors = [name for name in list_tensors(FP8_FOLDER) if not name.endswith(SCALE)]
+    expected = sum(".experts." not in name for name in tensors) - 2 + sum(".experts." in name for name in tensors) // 2
+    for number, found in enumerate(pair[0]):
+        assert found["read"]["experts"] == list(range(4 * number, 4 * number + 4))
+        assert found["read"]["names"] == expected  # but for the copies of embedding and head
+        np.testing.assert_array_equal(found["read"]["held"], up[:, 4 * number:4 * number + 4])
+        assert found["torn"].endswith("1 not finite (NaN or infinite values): "
+                                      "model.layers.2.mlp.experts.6.up_proj.weight")
 
 
 @pytest.mark.parametrize("mesh, rows, matrix, held", [

@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh
 from research import summary
 from research.accounting import exchange
 from research.errors import RequestError
+from research.interop.tensors import list_tensors
 from research.model.build import make_model
 from research.parallel import experts
 from research.parallel.mesh import make_mesh
@@ -24,6 +25,7 @@ from tests import tiny
 from tests.parallel.meshes import FIELDS, IN_PIECES, MESHES, PIPELINES, ROWS, STEPS
 
 ROOT = Path(__file__).parents[2]
+FP8_FOLDER = ROOT / "tests/golden/deepseek_v3_tiny_fp8"
 OTHERS = [name for name in MESHES if not name.startswith("one")]
 
 
@@ -224,7 +226,24 @@ def test_moments_are_split_as_far_as_a_dimension_divides():
 def test_a_checkpoint_goes_on_on_another_mesh(found):
     """Saved by two stages of four, read by two and by one: the same bits, split as the reader's mesh says."""
     assert found["restored"] == {"saved": [1, 8, 4, 40], "two": [2, 4, 16, 40], "one": [2, 8, 16, 40],
-                                 "equal": [True, True]}
+                                 "begun": [2, 4, 16, 40], "equal": [True, True, True]}
+
+
+def test_a_release_is_read_onto_a_mesh(found):
+    """FP8 blocks of a folder, and of what a conversion made of it, as one device dequantises them; each tensor is read
+    once, but for the copies of embedding and head, which are compared."""
+    tensors = list_tensors(FP8_FOLDER)
+    whole = sum(tensor.nbytes for tensor in tensors.values())
+    compared = sum(tensors[name].nbytes for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    for kind, read in {"folder": whole + compared, "workdir": whole - compared}.items():
+        held = found["placed"][kind].pop("held")
+        assert found["placed"][kind] == {"wrong": "", "read": read, "equal": True}
+        assert held["params/layers/mlp/up_proj"] == [2, 4, 32, 16] and held["params/lm_head"] == [32, 192]
+        assert held["params/layers/attention/q_a_proj/kernel"] == [2, 32, 24]
+        assert held["routing/layers/mlp/gate/e_score_correction_bias"] == [2, 8]
+    untied = found["placed"]["untied"]
+    assert untied["equal"] and untied["held"]["params/lm_head"] == [32, 192]
+    assert untied["held"]["params/dense_layers/mlp/up_proj/kernel"][1:] == [32, 80]
 
 
 @pytest.mark.parametrize("fields, said", [

@@ -36,8 +36,6 @@ def load(workdir: Path):
     if not (workdir / "checkpoints").is_dir():
         raise RequestError(f"--checkpoint={str(workdir)!r} holds no checkpoints: name the workdir of a run")
     settings, saved = read_weights(workdir)
-    if not settings.mtp.num_nextn_predict_layers:
-        raise RequestError(f"--checkpoint={str(workdir)!r} has no multi-token module to draft with")
     corpus = load_corpus(settings, Tokenizer.load(workdir))
     settings = settings.with_vocabulary(corpus.tokenizer.vocab_size)
     model = make_model(settings)
@@ -47,12 +45,11 @@ def load(workdir: Path):
     return model, variables, corpus, settings
 
 
-def held_out(corpus, request: Request) -> list[list[int]]:
-    """Starts of held-out documents that fill a prompt, each with what follows of a continuation's length."""
-    _, texts = starts_of(corpus, request.prompts, request.prompt, request.new)
-    if len(texts) < request.prompts:
-        raise RequestError(f"--prompts={request.prompts} is more than the {len(texts)} held-out documents of "
-                           f"{request.prompt} tokens")
+def held_out(corpus, number: int, prompt: int, new: int) -> list[list[int]]:
+    """Starts of `number` held-out documents that fill a prompt, each with up to `new` of the tokens that follow."""
+    _, texts = starts_of(corpus, number, prompt, new)
+    if len(texts) < number:
+        raise RequestError(f"--prompts={number} is more than the {len(texts)} held-out documents of {prompt} tokens")
     return texts
 
 
@@ -93,10 +90,12 @@ def one_round(decoder: Decoder, prompts, request: Request, temperature: float, k
 def measure_acceptance(request: Request) -> dict:
     """Prints a line for each temperature and number of drafts, and the two agreements."""
     model, variables, corpus, settings = load(request.workdir)
-    texts = held_out(corpus, request)
+    M = settings.mtp.num_nextn_predict_layers
+    if not M:
+        raise RequestError(f"--checkpoint={str(request.workdir)!r} has no multi-token module to draft with")
+    texts = held_out(corpus, request.prompts, request.prompt, request.new)
     prompts, ends = [text[:request.prompt] for text in texts], corpus.tokenizer.end_ids
     decoder = Decoder(model, variables)
-    M = settings.mtp.num_nextn_predict_layers
     print(f"{request.workdir.name}: {M} multi-token module(s), {settings.precision.recipe}; {len(prompts)} held-out "
           f"documents, {request.prompt} tokens, then up to {request.new}, one at a time; {request.rounds} rounds in "
           "turn: median and range")

@@ -1,4 +1,4 @@
-"""Speed of decoding: `python -m research.bench_decoding --part=peer|acceptance|drafting|context|gpu
+"""Speed of decoding: `python -m research.bench_decoding --part=peer|acceptance|drafting|cache|context|gpu
 [--json=FILE]`.
 
 peer: greedy continuations of 64 random tokens by random weights of an experiment's shape, ours plain beside
@@ -6,6 +6,8 @@ transformers' `generate` on the same CPU in turn; tokens/s of the whole call, pr
 acceptance: drafting on a trained workdir (--checkpoint=DIR), after the first 64 tokens of held-out documents, one
 prompt at a time; beside it teacher-forced agreement, which is no acceptance: nothing is drafted there.
 drafting: what a step with drafts costs beside a plain one, by shape, random weights: from which acceptance on it pays.
+cache: held-out text read token by token, and continued greedily, by a trained workdir (--checkpoint=DIR) whose cache is
+kept in bfloat16 and in FP8, beside float32.
 context: one token's attention over 1k to 16k cached ones, V2-Lite's width, absorbed beside expanded; --plot=FILE.png.
 gpu: V2-Lite's shape in bfloat16: tokens/s and the share of the memory's bandwidth; elsewhere a small shape.
     Not yet run on a GPU.
@@ -24,11 +26,11 @@ from research import bench, bench_peer, command, experiment
 from research.errors import RequestError
 
 FLAGS = flags.FlagValues()
-PARTS = ("peer", "acceptance", "drafting", "context", "gpu")
+PARTS = ("peer", "acceptance", "drafting", "cache", "context", "gpu")
 _PART = flags.DEFINE_enum("part", None, PARTS, "What is measured.", FLAGS)
 _JSON = flags.DEFINE_string("json", None, "Also writes the result here.", FLAGS)
 _PLOT = flags.DEFINE_string("plot", None, "context: also draws the result here, a PNG.", FLAGS)
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "acceptance: the workdir of a trained model.", FLAGS)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "acceptance, cache: the workdir of a trained model.", FLAGS)
 _CONFIG = flags.DEFINE_string("config", "experiments/nano.py", "peer: the experiment whose shape it is.", FLAGS)
 _PEER = flags.DEFINE_string("peer_python", None, "peer: Python with torch and transformers (.venv-parity's).", FLAGS)
 _EXPERTS = flags.DEFINE_enum("peer_experts", "grouped_mm", ("grouped_mm", "batched_mm", "eager"),
@@ -36,7 +38,7 @@ _EXPERTS = flags.DEFINE_enum("peer_experts", "grouped_mm", ("grouped_mm", "batch
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of everything that is compared.", 1, None, FLAGS)
 _NEW = flags.DEFINE_integer("new_tokens", 128, "Tokens after each prompt.", 3, None, FLAGS)
 _BATCHES = flags.DEFINE_list("batches", None, "Sequences at once (peer: 1,8; gpu: 1,32,128).", FLAGS)
-_PROMPTS = flags.DEFINE_integer("prompts", 32, "acceptance: held-out documents.", 1, None, FLAGS)
+_PROMPTS = flags.DEFINE_integer("prompts", 32, "acceptance, cache: held-out documents.", 1, None, FLAGS)
 _TEMPERATURES = flags.DEFINE_list("temperatures", ["0", "0.6"], "acceptance: of sampling.", FLAGS)
 _DRAFTS = flags.DEFINE_integer("drafts", 3, "acceptance, drafting: drafts a step, from 0 to so many.", 1, None, FLAGS)
 _CACHED = flags.DEFINE_list("cached", ["1024", "4096", "16384"], "context: tokens in the cache.", FLAGS)
@@ -165,17 +167,27 @@ def main() -> None:
         raise RequestError(f"--plot={_PLOT.value!r} needs matplotlib: pip install -r requirements-dev.txt")
     if _BATCHES.value is not None:
         batches = numbers(_BATCHES, int, 1)
+    if part in ("acceptance", "drafting"):
+        from research.decoding.generate import MOST_DRAFTS
+        if _DRAFTS.value > MOST_DRAFTS:
+            raise RequestError(f"--drafts={_DRAFTS.value} must be at most {MOST_DRAFTS}")
     if part == "peer":
-        peer_settings(_CONFIG.value)
+        most = peer_settings(_CONFIG.value).model.max_position_embeddings
+        if PROMPT + _NEW.value > most:
+            raise RequestError(f"--new_tokens={_NEW.value} after {PROMPT} is more than "
+                               f"config.model.max_position_embeddings={most}")
         measure = measure_peer, bench.find_peer(_PEER.value), batches or [1, 8]
+    elif part in ("acceptance", "cache") and _CHECKPOINT.value is None:
+        raise RequestError(f"--part={part} needs --checkpoint: the workdir of a trained model")
     elif part == "acceptance":
-        if _CHECKPOINT.value is None:
-            raise RequestError("--part=acceptance needs --checkpoint: the workdir of a trained model")
         temperatures = numbers(_TEMPERATURES, float, 0)
         from research.bench_acceptance import Request, measure_acceptance
         measure = measure_acceptance, Request(
             Path(_CHECKPOINT.value).expanduser(), _PROMPTS.value, PROMPT, _NEW.value, _DRAFTS.value,
             tuple(temperatures), _ROUNDS.value)
+    elif part == "cache":
+        from research.bench_cache import measure_cache
+        measure = measure_cache, Path(_CHECKPOINT.value).expanduser(), _PROMPTS.value, PROMPT, _NEW.value
     elif part == "drafting":
         from research.bench_drafting import SHAPES, measure_drafting
         measure = measure_drafting, SHAPES, PROMPT, _NEW.value, _DRAFTS.value, _ROUNDS.value

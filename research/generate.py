@@ -148,12 +148,22 @@ def check_flags() -> None:
         raise RequestError("--system needs --chat")
     if "" in _STOP.value:
         raise RequestError("--stop='' would end every continuation before it begins")
+    for flag in (_STOP, _SYSTEM):
+        check_text(f"--{flag.name}", flag.value or "")
     if problem := sampling().problem():
         raise RequestError(f"--{problem}")
     for flag, known in ((_RECIPE, ("float32", "bfloat16")), (_CACHE, STORAGE), (_WEIGHTS, WEIGHTS)):
         if flag.value is not None and flag.value not in known:
             raise RequestError(f"--{flag.name}={flag.value!r} must be one of {', '.join(known)}"
                                f"{nearest(flag.value, known)}")
+
+
+def check_text(name: str, parts: str | list[str]) -> None:
+    """RequestError for other bytes of a command line or of stdin, which Python reads as lone surrogates."""
+    try:
+        "".join(parts).encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"{name} is not UTF-8 text") from None
 
 
 def sampling():
@@ -167,13 +177,14 @@ def read_prompts() -> list[str]:
     name = "--prompt"
     try:
         prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in _PROMPTS.value]
-        "".join(prompts).encode()  # Python reads other bytes of a command line as lone surrogates
-    except UnicodeError:
+    except UnicodeDecodeError:
         raise RequestError(f"{name} is not UTF-8 text") from None
+    check_text(name, prompts)
     if _FILE.value:
         name = f"--prompts_file={_FILE.value!r}"
         try:
-            prompts = Path(_FILE.value).expanduser().read_text("utf-8").splitlines()
+            text = Path(_FILE.value).expanduser().read_text("utf-8-sig")
+            prompts = text.removesuffix("\n").split("\n") if text else []  # code has other ends of lines within a line
         except OSError as error:
             raise RequestError(f"{name} cannot be read: {error.strerror}") from None
         except UnicodeDecodeError:

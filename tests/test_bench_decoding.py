@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from research import bench, bench_acceptance, bench_context, bench_decoding, bench_drafting
+from research import bench, bench_acceptance, bench_cache, bench_context, bench_decoding, bench_drafting
 from research.data.tokenizer import Tokenizer, _bytes
 from research.decoding.generate import Decoder
 from research.training.checkpoint import Checkpoints
@@ -56,12 +56,15 @@ def workdir(tmp_path_factory):
 
 
 @pytest.mark.parametrize("arguments, answer", [
-    ([], "--part is required: one of peer, acceptance, drafting, context, gpu"),
-    (["--part=speed"], "flag --part=speed: value should be one of <peer|acceptance|drafting|context|gpu>"),
+    ([], "--part is required: one of peer, acceptance, drafting, cache, context, gpu"),
+    (["--part=speed"], "flag --part=speed: value should be one of <peer|acceptance|drafting|cache|context|gpu>"),
     (["--part=acceptance"], "--part=acceptance needs --checkpoint: the workdir of a trained model"),
+    (["--part=cache"], "--part=cache needs --checkpoint: the workdir of a trained model"),
     (["--part=acceptance", "--checkpoint={new}"], "--checkpoint='{new}' holds no checkpoints"),
     (["--part=acceptance", "--checkpoint={new}", "--temperatures=0,warm"],
      "--temperatures='0,warm' is no list of numbers of at least 0"),
+    (["--part=drafting", "--drafts=17"], "--drafts=17 must be at most 16"),
+    (["--part=peer", "--new_tokens=5000"], "--new_tokens=5000 after 64 is more than config.model.max_position_embeddi"),
     (["--part=context", "--cached=0"], "--cached='0' is no list of whole numbers of at least 1"),
     (["--part=gpu", "--batches=1.5"], "--batches='1.5' is no list of whole numbers of at least 1"),
     (["--part=gpu", "--plot={new}/a.png"], "--plot='{new}/a.png' is for --part=context alone"),
@@ -112,6 +115,24 @@ def test_acceptance_of_a_workdir(workdir, tmp_path, capsys):
     assert said.count("teacher-forced agreement") == 2 and "own greedy text" in said
 
 
+def test_a_smaller_cache_beside_float32(workdir, tmp_path):
+    """The loss in float32 is the training forward's; what is stored in 8 bits moves it, and a text away from a tie."""
+    path = tmp_path / "result.json"
+    assert run("--part=cache", f"--checkpoint={workdir}", "--prompts=3", "--new_tokens=6", f"--json={path}") == 0
+    result = json.loads(path.read_text())["cache"]
+    exact, half, fp8 = result["rows"]
+    model, variables, corpus, _ = bench_acceptance.load(workdir)
+    tokens_BT = np.array(bench_acceptance.held_out(corpus, 3, 64, 6), np.int32)
+    logits_BTV = jax.jit(model.apply)(variables, tokens_BT, np.ones_like(tokens_BT), np.tile(np.arange(70), (3, 1)))[0]
+    loss_BT = -jax.nn.log_softmax(logits_BTV[:, 63:-1])[np.arange(3)[:, None], np.arange(6), tokens_BT[:, 64:]]
+    assert result["tokens"] == loss_BT.size and exact["loss"] == pytest.approx(float(loss_BT.mean()), rel=1e-5)
+    assert exact["difference"] == exact["standard_error"] == 0 and exact["same_likeliest"] == 1
+    assert exact["same_texts"] == 3 and exact["tokens_together"] == [6, 6, 6]
+    assert 0 < abs(half["difference"]) < abs(fp8["difference"]) < 0.1
+    assert [row["bytes_per_token"] for row in result["rows"]] == [4 * 12, 2 * 12, 8 + 4 + 2 * 4]
+    assert bench_cache.parted([1, 2, 3], [1, 2, 4, 5]) == 2 and bench_cache.parted([1, 2], [1, 2]) == 2
+
+
 def test_more_prompts_than_documents_are_refused(workdir, capsys):
     assert run("--part=acceptance", f"--checkpoint={workdir}", "--prompts=1000") == 2
     assert "--prompts=1000 is more than the " in capsys.readouterr().err
@@ -119,10 +140,9 @@ def test_more_prompts_than_documents_are_refused(workdir, capsys):
 
 def test_agreement_on_greedy_text_is_what_one_draft_a_step_would_have_been(workdir):
     """By hand: the module's draft of each token, after the true tokens, against the token that greedy decoding took."""
-    request = bench_acceptance.Request(workdir, 3, 65, 8, 1, (0.0,), 1)
     model, variables, corpus, _ = bench_acceptance.load(workdir)
     decoder, texts, hits = Decoder(model, variables), [], 0
-    for prompt in (text[:65] for text in bench_acceptance.held_out(corpus, request)):
+    for prompt in (text[:65] for text in bench_acceptance.held_out(corpus, 3, 65, 8)):
         text = prompt + decoder.generate([prompt], 8, draft_tokens=1).tokens[0]
         for place in range(66, len(text)):  # a draft of the token there, after a pass over all but one before it
             hits += decoder.generate([text[:place - 1]], 2, draft_tokens=1).accepted[0]

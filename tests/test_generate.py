@@ -1,6 +1,7 @@
 """The command that continues text: what it streams, what it reports, and what it refuses in one line."""
 
 import functools
+import io
 import json
 import re
 import shutil
@@ -91,6 +92,15 @@ def test_a_file_of_prompts_gives_json_lines_in_its_order(folder, capsys, tmp_pat
     assert lines[1]["text"] + "\n" == alone
 
 
+def test_a_prompt_of_stdin_and_lines_with_other_separators(folder, capsys, tmp_path, monkeypatch):
+    request = f"--checkpoint={folder}", "--max_tokens=30", "--temperature=0"
+    monkeypatch.setattr("sys.stdin", io.StringIO("the second one"))
+    assert call(capsys, *request, "--prompt=-")[0] == call(capsys, *request, "--prompt=the second one")[0]
+    (tmp_path / "prompts.txt").write_text("\ufefffirst\u2028\x0cpage\r\nthe second one\n", newline="")
+    lines = call(capsys, *request, f"--prompts_file={tmp_path}/prompts.txt", "--batch_size=2")[0].split("\n")
+    assert [json.loads(line)["prompt"] for line in lines[:-1]] == ["first\u2028\x0cpage", "the second one"]
+
+
 def test_a_message_goes_through_the_template(folder, capsys):
     """What spells a special token there is one; an answer ends at any of the ends."""
     decoder, tokenizer, _ = LOADED(folder, None, None, None)
@@ -153,6 +163,8 @@ def test_text_is_written_as_far_as_it_is_certain():
     (["--checkpoint={folder}", "--prompt=x", "--top_k=-1"], "--top_k=-1 must be at least 0"),
     (["--checkpoint={folder}", "--prompt=x", "--min_p=2"], "--min_p=2.0 must be from 0 to 1"),
     (["--checkpoint={folder}", "--prompt=x", "--stop="], "--stop='' would end every continuation"),
+    (["--checkpoint={folder}", "--prompt=x", "--stop=\udcff"], "--stop is not UTF-8 text"),
+    (["--checkpoint={folder}", "--prompt=x", "--chat", "--system=\udcff"], "--system is not UTF-8 text"),
     (["--checkpoint={folder}", "--prompt=x", "--draft_tokens=2"], "--draft_tokens=2 needs --speculative"),
     (["--checkpoint={folder}", "--prompt=x", "--speculative", "--draft_tokens=0"], "--draft_tokens=0 must be at least"),
     (["--checkpoint={folder}", "--prompt=x", "--speculative", "--draft_tokens=17"], "draft_tokens=17 must be at most"),

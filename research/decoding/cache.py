@@ -11,7 +11,9 @@ from flax import struct
 
 from kernels.quantize import dequantize, quantize
 
-STORAGE = ("float32", "bfloat16", "fp8")  # fp8: E4M3 in tiles of 1x128 (V3 §3.3.2), the rotary key in bfloat16
+# fp8: E4M3 with a float32 scale for 128 numbers of a token, the rotary key in bfloat16: of V3's 656 bytes a token and
+# layer, as FlashMLA stores them
+STORAGE = ("float32", "bfloat16", "fp8")
 UNROLLED_ROWS = 16  # updates of a wider batch are a loop: 128 of them take half a minute to compile
 WHOLE_IN_FP8 = ("rope_key",)  # position is all that these 64 numbers carry: 16 bits, as serving engines keep them
 

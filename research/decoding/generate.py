@@ -14,6 +14,7 @@ from research.decoding.cache import empty_cache, write_rows
 from research.decoding.forward import decoding_model, forward, head, mtp_forward, prepare
 from research.decoding.sampling import Sampling
 from research.environment import give_back_memory
+from research.errors import RequestError
 
 CHUNK = 256  # prompt tokens of one pass at the most
 SMALLEST_BUCKET = 64  # prompts and caches are rounded up to powers of two from here, each compiled once
@@ -99,10 +100,13 @@ class Decoder:
         """`max_tokens` more tokens for each prompt, or fewer where one of `ends` comes.
 
         draft_tokens: k of speculative decoding, 0: plain. watch: called with all tokens so far after every
-        `steps_at_once` steps (0: at the end alone); returns for each prompt whether it is to stop. ValueError for an
-        empty prompt, more positions than the model has, or drafts without a multi-token module.
+        `steps_at_once` steps (0: at the end alone); returns for each prompt whether it is to stop. RequestError, a
+        ValueError, for an empty prompt, more positions than the model has, drafts without a multi-token module, or
+        sampling out of its range.
         """
         check_request(self.model, prompts, max_tokens, draft_tokens)
+        if problem := sampling.problem():
+            raise RequestError(problem)
         B, k, longest = len(prompts), draft_tokens, max(map(len, prompts))
         T = bucket(longest)
         S = bucket(max(T, longest + max_tokens + k + self.model.mtp.num_nextn_predict_layers))
@@ -147,25 +151,25 @@ class Decoder:
 
 
 def check_request(model, prompts, max_tokens: int, draft_tokens: int) -> None:
-    """ValueError, in words for the user, for what cannot be decoded."""
+    """RequestError for what cannot be decoded."""
     M, most = model.mtp.num_nextn_predict_layers, model.config.max_position_embeddings
     if draft_tokens and not M:
-        raise ValueError("the checkpoint has no multi-token module to draft with")
+        raise RequestError("the checkpoint has no multi-token module to draft with")
     if draft_tokens > MOST_DRAFTS:
-        raise ValueError(f"draft_tokens={draft_tokens} must be at most {MOST_DRAFTS}")
+        raise RequestError(f"draft_tokens={draft_tokens} must be at most {MOST_DRAFTS}")
     if max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens} must be at least 1")
+        raise RequestError(f"max_tokens={max_tokens} must be at least 1")
     if not prompts:
-        raise ValueError("there is no prompt")
+        raise RequestError("there is no prompt")
     for number, prompt in enumerate(prompts, start=1):
         if not len(prompt):
-            raise ValueError(f"prompt {number} is empty")
+            raise RequestError(f"prompt {number} is empty")
         if len(prompt) + max_tokens > most:
-            raise ValueError(f"prompt {number} of {len(prompt)} tokens and max_tokens={max_tokens} are more than "
-                             f"max_position_embeddings={most}")
+            raise RequestError(f"prompt {number} of {len(prompt)} tokens and max_tokens={max_tokens} are more than "
+                               f"max_position_embeddings={most}")
         if draft_tokens and len(prompt) < M:
-            raise ValueError(f"prompt {number} of {len(prompt)} tokens is shorter than the {M} multi-token modules "
-                             "look back")
+            raise RequestError(f"prompt {number} of {len(prompt)} tokens is shorter than the {M} multi-token modules "
+                               "look back")
 
 
 def tokens_of(state) -> list[list[int]]:

@@ -5,13 +5,16 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+LEAST = 1e-6  # temperature and top_p in float32: logits over less overflow, and nothing is below a number that is 0
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How a token is chosen. Filters apply one after another, as they are listed, each to what the one before left.
 
-    temperature: 0 takes the likeliest token. top_k: the k likeliest, 0: all. top_p: the fewest likeliest tokens whose
-    probabilities reach p. min_p: those at least so likely, relative to the likeliest.
+    temperature: 0 takes the likeliest token; what is less than LEAST is as LEAST. top_k: the k likeliest, 0: all.
+    top_p: the fewest likeliest tokens whose probabilities reach p. min_p: those at least so likely, relative to the
+    likeliest.
     """
 
     temperature: float = 0.0
@@ -36,7 +39,7 @@ def probabilities(logits, sampling: Sampling):
     """The distribution (..., V) that tokens are drawn from, float32. ValueError at temperature 0, which draws none."""
     if not sampling.temperature:
         raise ValueError("temperature=0 takes the likeliest token: there is no distribution")
-    scaled = logits.astype(jnp.float32) / sampling.temperature
+    scaled = logits.astype(jnp.float32) / max(sampling.temperature, LEAST)
     V = logits.shape[-1]
     if 0 < sampling.top_k < V:
         least = jax.lax.top_k(scaled, sampling.top_k)[0][..., -1:]
@@ -44,7 +47,7 @@ def probabilities(logits, sampling: Sampling):
     if sampling.top_p < 1:
         order = jnp.argsort(-scaled, axis=-1)
         p_sorted = jax.nn.softmax(jnp.take_along_axis(scaled, order, axis=-1), axis=-1)
-        kept_sorted = jnp.cumsum(p_sorted, axis=-1) - p_sorted < sampling.top_p
+        kept_sorted = jnp.cumsum(p_sorted, axis=-1) - p_sorted < max(sampling.top_p, LEAST)
         kept = jnp.take_along_axis(kept_sorted, jnp.argsort(order, axis=-1), axis=-1)
         scaled = jnp.where(kept, scaled, -jnp.inf)
     p = jax.nn.softmax(scaled, axis=-1)

@@ -20,9 +20,10 @@ MODELS = {  # modules: changes
 }
 MODELS = {M: tuple(sorted(changes.items())) for M, changes in MODELS.items()}
 CASES = [(1, 0), (1, 2), (2, 3), (3, 3)]  # modules, drafts
-EXAMPLES = 15
+BATCHES = [(*case, 3) for case in CASES] + [(3, 2, 5)]  # and prompts
+EXAMPLES = 50  # each another model with prompts of its own, through one compiled program a case
 LONGEST = 34  # with 24 new tokens, three drafts and three modules it fills the smallest cache: one shape to compile
-left = {case: 0 for case in CASES}  # close calls, over all examples
+left = {batch: 0 for batch in (*BATCHES, "plain")}  # close calls, over all examples
 
 
 def random_prompts(lengths, seed, V=5):
@@ -36,34 +37,39 @@ def complete(rows, max_tokens, end):
         assert len(row) == max_tokens or row[-1] == end and len(row) < max_tokens
 
 
-@pytest.mark.parametrize(("M", "k"), CASES)
+@pytest.mark.parametrize(("M", "k", "B"), BATCHES)
 @settings(max_examples=EXAMPLES)
-@given(seed=st.integers(0, 2**31), lengths=st.tuples(*[st.integers(3, LONGEST)] * 3), max_tokens=st.integers(1, 24),
+@given(seed=st.integers(0, 2**31), lengths=st.tuples(*[st.integers(3, LONGEST)] * 5), max_tokens=st.integers(1, 24),
        end=st.integers(-1, 4), share=st.sampled_from([0.0, 0.0, 0.5, 0.8, 1.0]))
-def test_greedy_is_the_argmax_of_the_full_forward(M, k, seed, lengths, max_tokens, end, share):
+def test_greedy_is_the_argmax_of_the_full_forward(M, k, B, seed, lengths, max_tokens, end, share):
     """Over random models, prompts and ends; ends stand inside drafts, and max_tokens ends within accepted ones."""
     _, model, weights_of = built(MODELS[M])
-    variables, prompts = agreeing(weights_of(seed), share), random_prompts(lengths, seed)
+    variables, prompts = agreeing(weights_of(seed), share), random_prompts(lengths[:B], seed)
     result = decoder_with(MODELS[M], variables).generate(prompts, max_tokens, draft_tokens=k, ends=[end])
     complete(result.tokens, max_tokens, end)
-    left[M, k] += close_calls(model, variables, prompts, result.tokens)
-    assert left[M, k] <= 2
-    emitted = sum(map(len, result.tokens)) - 3
+    left[M, k, B] += close_calls(model, variables, prompts, result.tokens)
+    assert left[M, k, B] <= 2
+    emitted = sum(map(len, result.tokens)) - B
     assert emitted / (k + 1) <= result.steps <= emitted and len(result.accepted) == k
     assert sorted(result.accepted, reverse=True) == result.accepted
     assert result.steps + sum(result.accepted) >= emitted  # a token beside each pass's accepted drafts
 
 
-def test_drafted_text_is_plain_text():
+@settings(max_examples=EXAMPLES)
+@given(seed=st.integers(0, 2**31), lengths=st.tuples(*[st.integers(3, LONGEST)] * 3), end=st.integers(-1, 4),
+       share=st.sampled_from([0.0, 0.5, 0.8]))
+def test_drafted_text_is_plain_text(seed, lengths, end, share):
     """The two paths against each other, as a user would compare them."""
-    for seed in range(8):
-        variables, prompts = built(MODELS[1])[2](seed), random_prompts((3, 20, LONGEST), seed)
-        decoder = decoder_with(MODELS[1], variables)
-        plain, drafted = (decoder.generate(prompts, 24, draft_tokens=k, ends=[-1]) for k in (0, 2))
-        if close_calls(built(MODELS[1])[1], variables, prompts, plain.tokens) == 0:
-            assert plain.tokens == drafted.tokens
-        assert plain.steps == 3 * 23 and drafted.steps < plain.steps
-        assert plain.tokens_per_step == 1 and plain.acceptance_rate == []
+    _, model, weights_of = built(MODELS[1])
+    variables, prompts = agreeing(weights_of(seed), share), random_prompts(lengths, seed)
+    decoder = decoder_with(MODELS[1], variables)
+    plain, drafted = (decoder.generate(prompts, 24, draft_tokens=k, ends=[end]) for k in (0, 2))
+    if plain.tokens != drafted.tokens:  # one of them left the likeliest token, at a tie
+        left["plain"] += 1
+        assert sum(close_calls(model, variables, prompts, result.tokens) for result in (plain, drafted))
+    assert left["plain"] <= 2
+    assert plain.steps == sum(map(len, plain.tokens)) - 3 and drafted.steps <= plain.steps
+    assert plain.acceptance_rate == [] and (plain.tokens_per_step == 1 or not plain.steps)
 
 
 @pytest.mark.parametrize(("M", "k"), [case for case in CASES if case[1]])
@@ -151,6 +157,14 @@ def test_nothing_is_compiled_again_within_a_bucket():
     assert [name for name in compiled if "backend_compile" in name]  # the listener hears
 
 
+def test_the_loop_writes_into_the_state_that_it_is_given():
+    """The cache above all, which would stand twice."""
+    decoder = decoder_of(MODELS[2])
+    decoder.generate(random_prompts((3, 25, LONGEST), 2), 20, draft_tokens=3, ends=[-1])
+    loops = [program.memory_analysis() for name, program in decoder._compiled.items() if name[0] == "decode"]
+    assert loops and all(loop.alias_size_in_bytes > 0.95 * loop.output_size_in_bytes for loop in loops)
+
+
 def test_buckets():
     assert [bucket(n) for n in (1, 63, 64, 65, 128, 129, 256, 257)] == [64, 64, 64, 128, 128, 256, 256, 512]
 
@@ -176,4 +190,6 @@ def test_generate_once():
     result = generate(model, variables, [[1, 2, 3], [4]], 5)
     assert isinstance(result, Generation)
     assert close_calls(model, variables, [[1, 2, 3], [4]], result.tokens) == 0
+    with pytest.raises(ValueError, match="top_p=0.0 must be above 0"):
+        generate(model, variables, [[1]], 5, Sampling(1.0, top_p=0.0))
     assert [len(row) for row in result.tokens] == [5, 5] and result.steps == 8 and result.tokens_per_second > 0

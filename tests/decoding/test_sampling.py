@@ -101,6 +101,11 @@ def test_a_field_out_of_its_range_is_named(sampling, name):
     assert sampling.problem().startswith(f"{name} must be ")
 
 
+@pytest.mark.parametrize("sampling", [Sampling(1e-40), Sampling(1e-38), Sampling(1.0, top_p=1e-44)], ids=str)
+def test_the_least_of_a_field_leaves_the_likeliest(sampling):
+    np.testing.assert_array_equal(probabilities(jnp.array([[10.0, 9.99, -3.0]]), sampling), [[1, 0, 0]])
+
+
 def test_good_fields_have_no_problem_and_greedy_has_no_distribution():
     assert all(s.problem() is None for s in (*SAMPLINGS, Sampling()))
     with pytest.raises(ValueError, match="temperature=0"):

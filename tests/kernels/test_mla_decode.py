@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kernels import choice
-from kernels.attention import reference as attention
+from kernels.attention import cached_attention
 from kernels.comparison import relative_error
 from kernels.interpret import interpret_params, races_found
 from kernels.mla_decode import mla_decode, mosaic, reference, xla
@@ -32,6 +32,7 @@ def positions(*lengths):
 
 run_xla = jax.jit(xla.mla_decode, static_argnames=("scale", "block"))
 run_reference = jax.jit(reference.mla_decode, static_argnames="scale")
+run_expanded = jax.jit(cached_attention, static_argnums=4)
 
 
 def assert_near(actual, expected, limit):
@@ -41,28 +42,28 @@ def assert_near(actual, expected, limit):
     assert error.max() <= limit  # false of a NaN
 
 
-@pytest.mark.parametrize("how", ["reference", "xla", "xla in blocks"])
-@pytest.mark.parametrize("T", [1, 2, 4])
-def test_absorbed_equals_expanded(how, T):
-    """Keys and values made of every latent, and queries that are not projected into the latent space."""
-    (B, N, S, R, P, H, J), rng = (3, 2, 21, 8, 4, 6, 5), np.random.default_rng(T)
+WIDTH = st.integers(1, 24)
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(st.sampled_from(["reference", "xla"]), st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), WIDTH,
+                  WIDTH, WIDTH, WIDTH, st.integers(4, 40), st.data())
+def test_absorbed_equals_expanded(how, B, T, N, R, P, H, J, S, data):
+    """Over shapes, lengths and blocks: queries projected into the space of latents and values out of it, beside keys
+    and values made of every latent, as prefill has them."""
+    length = st.integers(0, S - T) | st.just(S - T)  # a full cache often: its last block may begin in the one before
+    lengths = np.array(data.draw(st.lists(length, min_size=B, max_size=B)), np.int32)
+    rng = np.random.default_rng(S)
     q_BTNH, q_BTNP, latent_BSR, rope_key_BSP, w_RNH, w_RNJ = (
         rng.normal(size=size).astype(np.float32) for size in (
             (B, T, N, H), (B, T, N, P), (B, S, R), (B, S, P), (R, N, H), (R, N, J)))
-    lengths = (0, 7, S - T)
-    run = {"reference": run_reference, "xla": run_xla, "xla in blocks": partial(run_xla, block=4)}[how]
-    o_BTNR = run(np.einsum("BTNH,RNH->BTNR", q_BTNH, w_RNH), q_BTNP, latent_BSR, rope_key_BSP, positions(*lengths),
-                 scale=SCALE)
-    o_BTNJ = np.einsum("BTNR,RNJ->BTNJ", o_BTNR, w_RNJ)
-    for b, length in enumerate(lengths):
-        end = length + T
-        keys = np.concatenate([np.einsum("SR,RNH->SNH", latent_BSR[b, :end], w_RNH),
-                               np.broadcast_to(rope_key_BSP[b, :end, None], (end, N, P))], axis=-1)
-        values = np.einsum("SR,RNJ->SNJ", latent_BSR[b, :end], w_RNJ)
-        queries = np.zeros((1, end, N, H + P), np.float32)  # earlier tokens' do not matter
-        queries[0, length:] = np.concatenate([q_BTNH[b], q_BTNP[b]], axis=-1)
-        expected = attention.attention(queries, keys[None], values[None], None, SCALE)[0, length:]
-        np.testing.assert_allclose(o_BTNJ[b], expected, rtol=1e-5, atol=1e-5)
+    run = run_reference if how == "reference" else partial(run_xla, block=data.draw(st.sampled_from([None, 3, 7, S])))
+    o_BTNR = run(np.einsum("BTNH,RNH->BTNR", q_BTNH, w_RNH), q_BTNP, latent_BSR, rope_key_BSP, lengths, scale=SCALE)
+    k_BSNH = np.einsum("BSR,RNH->BSNH", latent_BSR, w_RNH)
+    k_rope_BSNP = np.broadcast_to(rope_key_BSP[:, :, None], (B, S, N, P))
+    expected = run_expanded(np.concatenate([q_BTNH, q_BTNP], axis=-1), np.concatenate([k_BSNH, k_rope_BSNP], axis=-1),
+                            np.einsum("BSR,RNJ->BSNJ", latent_BSR, w_RNJ), lengths[:, None] + np.arange(T), SCALE)
+    np.testing.assert_allclose(np.einsum("BTNR,RNJ->BTNJ", o_BTNR, w_RNJ), expected, rtol=1e-5, atol=1e-5)
 
 
 @hypothesis.settings(max_examples=10)

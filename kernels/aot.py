@@ -7,6 +7,7 @@ product has no FP8 warpgroup instruction. `compile_for_h200` does the same for a
 
 import contextlib
 import functools
+import math
 import os
 import re
 import sys
@@ -42,25 +43,35 @@ class Kernel(NamedTuple):
     fp8_instructions: int
 
 
-@functools.cache
-def _h200():
-    """The sharding of arrays on an H200 that is not there. Unavailable without the packages of requirements-gpu.txt."""
+def h200s(n: int):
+    """n H200 that are not there, eight to a node, to compile for. Unavailable without the packages of
+    requirements-gpu.txt."""
     import jax
     from jax._src import xla_bridge
     from jax.experimental import topologies
 
     jax.devices()  # before the plugins: the CPU stays the default
+    a_node = math.gcd(n, 8)
     with _quiet():
         with contextlib.suppress(Exception):  # whether the plugin came in is seen below
             xla_bridge.discover_pjrt_plugins()
         try:
-            topology = topologies.get_topology_desc(
-                platform="cuda", topology_name="", target_config=TARGET.read_text(), topology="1x1x1")
+            topology = topologies.get_topology_desc(platform="cuda", topology_name="",
+                                                    target_config=TARGET.read_text(),
+                                                    topology=f"1x{n // a_node}x{a_node}")
         except Exception as error:
             raise Unavailable(
                 "no CUDA compiler here: `make aot` makes an environment with jax[cuda13] (requirements-gpu.txt); "
                 f"jax says: {str(error).splitlines()[0]}") from error
-    mesh = topologies.make_mesh(topology, (1,), ("x",))
+    return topology.devices
+
+
+@functools.cache
+def _h200():
+    """The sharding of arrays on one H200 that is not there. Unavailable as from `h200s`."""
+    import jax
+
+    mesh = jax.sharding.Mesh(h200s(1), ("x",))
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 

@@ -3,8 +3,9 @@
 The step of the config's mesh is traced and lowered for CUDA as it would be for so many H200: nothing is allocated, and
 neither a GPU nor its packages are needed. Printed: how long that takes, the program's lines, our own kernels in its
 text and how many of them differ, the exchanges that the model itself asks for (XLA adds those of the shardings when it
-compiles), and the bytes of a device beside the account's. --compile also compiles it, for one GPU, in the environment
-of `make aot`; what XLA chooses by trial is left to the GPU. Attention is plain XLA's: cuDNN's asks for the library.
+compiles), and the bytes of a device beside the account's. --compile also compiles it, in the environment of `make aot`,
+and says which of all exchanges go on beside computation; what XLA chooses by trial is left to the GPU. Attention is
+plain XLA's: cuDNN's asks for the library.
 
     python -m research.lowering --config=experiments/deepseek_v3.py --config.mesh.expert=64 \\
         --config.training.batch_size=64 --config.training.batch_ramp_start=64 --config.evaluation.batch_size=64
@@ -23,7 +24,7 @@ from research.errors import RequestError
 FLAGS = flags.FlagValues()
 _CONFIG = flags.DEFINE_string("config", None, "The experiment: FILE.py or FILE.py:arm.", FLAGS)
 _FIELDS = flags.DEFINE_multi_string("config.", [], "--config.group.field=value changes a field; meshes too.", FLAGS)
-_COMPILE = flags.DEFINE_boolean("compile", False, "Compiles the program too: a mesh of one, `make aot`.", FLAGS)
+_COMPILE = flags.DEFINE_boolean("compile", False, "Compiles the program too: in `make aot`'s environment.", FLAGS)
 
 EXCHANGE = re.compile(r"stablehlo\.(all_to_all|all_gather|all_reduce|reduce_scatter|collective_permute)\b"
                       r"|@(ragged_all_to_all)\b")
@@ -33,7 +34,7 @@ KERNEL = re.compile(r'kernel_hash = "((?:\\.|[^"\\])*)"')
 def lowered(settings, compiles: bool = False) -> dict:
     """What `main` prints, as data: seconds, counts, and bytes of a device by part of the state.
 
-    compiles: for one device; RequestError for a mesh of more, and without the packages of requirements-gpu.txt.
+    compiles: RequestError without the packages of requirements-gpu.txt.
     """
     import jax
 
@@ -41,30 +42,33 @@ def lowered(settings, compiles: bool = False) -> dict:
     from kernels.choice import meant_for_h200
     from research.accounting import memory
     from research.model.build import make_model
-    from research.parallel.mesh import abstract_mesh
+    from research.parallel import overlap
+    from research.parallel.mesh import abstract_mesh, make_mesh
     from research.training.step import abstract_batch, abstract_state, make_train_step
 
     mesh, plain = abstract_mesh(settings), memory.with_plain_attention(settings)
-    if compiles and mesh:
-        raise RequestError(f"--compile is for one device: the config's mesh has {mesh.size}")
-    model = make_model(plain, mesh)
-    start, state = time.perf_counter(), abstract_state(model, plain)
-    arguments = state, abstract_batch(plain.training.batch_size, plain.data.sequence_length)
-    platforms: tuple[str, ...] | None = ("cuda",)
+    placed, platforms = mesh, ("cuda",)
     if compiles:
         try:
-            arguments, platforms = aot.on_h200(arguments), None  # the arguments' own
+            devices, platforms = aot.h200s(mesh.size if mesh else 1), None  # the devices' own
         except aot.Unavailable as error:
             raise RequestError(f"--compile: {error}") from None
-    seconds, taken = {}, None
+        placed = make_mesh(settings, devices)
+    model = make_model(plain, placed)
+    start, state = time.perf_counter(), abstract_state(model, plain)
+    arguments = state, abstract_batch(plain.training.batch_size, plain.data.sequence_length)
+    if compiles and not mesh:
+        arguments = aot.on_h200(arguments)
+    seconds, taken, meanwhile = {}, None, None
     with jax.sharding.use_abstract_mesh(mesh) if mesh else meant_for_h200():
         traced = make_train_step(model, plain).trace(*arguments)
         seconds["traced"], start = time.perf_counter() - start, time.perf_counter()
         program = traced.lower(lowering_platforms=platforms)
         seconds["lowered"], start = time.perf_counter() - start, time.perf_counter()
         if compiles:
-            taken = program.compile().memory_analysis()
-            seconds["compiled"] = time.perf_counter() - start
+            compiled = program.compile()
+            seconds["compiled"], taken = time.perf_counter() - start, compiled.memory_analysis()
+            meanwhile = overlap.summary(compiled.as_text()) if mesh else None
     lines = program.as_text()
 
     def bytes_of(leaf):
@@ -82,6 +86,7 @@ def lowered(settings, compiles: bool = False) -> dict:
         "held": {name: sum(map(bytes_of, jax.tree.leaves(part))) for name, part in state.items()},
         "taken": taken and (taken.argument_size_in_bytes + taken.output_size_in_bytes - taken.alias_size_in_bytes
                             + taken.temp_size_in_bytes),
+        "meanwhile": meanwhile,
         "account": memory.of_device(settings, gpu=True)["total"],
     }
 
@@ -101,6 +106,7 @@ def text(found: dict) -> str:
         + f": {sum(found['held'].values()) / one:,.1f} {unit} of the state",
         f"            {found['account'] / one:,.1f} {unit} in training, by the account"
         + (f"; {found['taken'] / one:,.1f} {unit} by the compiler" if found["taken"] else ""),
+        *([f"meanwhile   {found['meanwhile']}"] if found["meanwhile"] else []),
     ))
 
 

@@ -120,7 +120,7 @@ class Transformer(nn.Module):
             "hidden": hidden_BTD, "mtp_logits": tuple(mtp_logits), "routing": tuple(routing)}
 
     def _embed(self, tokens_BT):
-        return self.products.placed(self.embed_tokens[tokens_BT].astype(self.products.dtype))
+        return self.products.looked_up(self.embed_tokens, tokens_BT)
 
     def _head(self, hidden_BTD):  # 16 or 32 bits in every recipe; logits in float32
         c = self.config

@@ -5,7 +5,7 @@ import math
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from kernels.choice import H200
+from kernels.choice import H200, platform
 from research.errors import RequestError
 from research.model.build import make_model, variable_shapes
 from research.parallel import hosts, pipeline
@@ -46,6 +46,12 @@ def abstract_mesh(settings) -> AbstractMesh | None:
         return None
     _check(settings)
     return AbstractMesh(tuple(sizes.values()), AXES, axis_types=TYPES, abstract_device=H200)
+
+
+def compiler_options(mesh: Mesh | None) -> dict | None:
+    """For `jax.jit` of a step over this mesh: on GPUs XLA's scheduler lets exchanges, those of gradients among them, go
+    on beside computation; by default nearly all wait, and are waited for."""
+    return {"xla_gpu_enable_latency_hiding_scheduler": True} if mesh and platform() == "gpu" else None
 
 
 def _sizes(settings) -> dict[str, int]:

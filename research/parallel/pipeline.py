@@ -23,14 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import FrozenConfigDict
 
 from research.errors import RequestError
 from research.model.transformer import depths
 from research.parallel import schedules
-from research.parallel.rules import around, is_in, placed, shared_stack
+from research.parallel.rules import is_in, placed, shared_stack
 from research.precision.later import is_later
 from research.precision.products import Products
 from research.tree import map_paths, paths
@@ -104,9 +104,6 @@ def gradients(stage: Stage, mesh: Mesh, params, routing, batches) -> tuple[Any, 
     def local(params, routing, batches):
         at = lax.axis_index("pipeline")
         first, last = at == 0, at == S - 1
-        # looked up whole: XLA ends in a failed check where both its columns and the tokens are split over mesh.fsdp
-        params = params | {"embed_tokens": lax.with_sharding_constraint(
-            params["embed_tokens"], NamedSharding(around(mesh)["mesh"], P()))}
         nothing = placed(mesh, jnp.zeros(stage.passed.shape, stage.passed.dtype))
 
         def part(batch):

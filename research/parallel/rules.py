@@ -7,7 +7,8 @@
     tensor   splits heads, feed-forward widths and the vocabulary
     pipeline splits the stack of layers that a pipeline's stages share (pipeline.py)
 
-The batch is split over data x fsdp x expert. Activations are placed where `Products.placed` is called, nowhere else.
+The batch is split over data x fsdp x expert. Activations are placed where the embedding is `looked_up` and where
+`Products.placed` is called, nowhere else.
 """
 
 import math
@@ -15,6 +16,8 @@ import re
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -131,3 +134,23 @@ def placed(mesh: Mesh | None, x, *before):
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(around(mesh)["mesh"], P(*before, BATCH)))
+
+
+def looked_up(mesh: Mesh | None, embed_VD, tokens_BT, dtype):
+    """embed_VD[tokens_BT] in this dtype, x_BTD, each device for its own rows.
+
+    Where `fsdp` splits both tokens and columns, devices look up their columns for one another: left to itself XLA gives
+    every device the whole batch, or ends in a failed check. Of a vocabulary that `tensor` splits each adds its part.
+    """
+    if mesh is None:
+        return embed_VD[tokens_BT].astype(dtype)
+
+    def local(tokens_BT, embed_VD):
+        V = embed_VD.shape[0]
+        own_BT = lax.all_gather(tokens_BT, "fsdp", tiled=True) - V * lax.axis_index("tensor")
+        x_BTD = jnp.where(((own_BT >= 0) & (own_BT < V))[..., None], embed_VD[jnp.clip(own_BT, 0, V - 1)], 0)
+        x_BTD = lax.all_to_all(x_BTD.astype(dtype), "fsdp", split_axis=0, concat_axis=2, tiled=True)
+        return lax.psum(x_BTD, "tensor")
+
+    return jax.shard_map(local, **around(mesh), in_specs=(P(BATCH), P("tensor", "fsdp")), out_specs=P(BATCH),
+                         check_vma=False)(tokens_BT, embed_VD)

@@ -12,7 +12,7 @@ from kernels.experts import experts
 from kernels.weight_only import Narrow
 from kernels.weight_only import product as narrow_product
 from research.parallel.experts import over_mesh
-from research.parallel.rules import on_own_rows, over_rows, placed
+from research.parallel.rules import looked_up, on_own_rows, over_rows, placed
 from research.precision.experts import swiglu
 from research.precision.later import Later, put_off
 from research.precision.matmul import linear, matmul
@@ -76,6 +76,10 @@ class Products:
     def placed(self, x):
         """x (B, ...) where the mesh has it, see `parallel.rules`; x itself on one device."""
         return placed(self.mesh, x)
+
+    def looked_up(self, embed_VD, tokens_BT):
+        """x_BTD in the dtype of activations, see `parallel.rules`."""
+        return looked_up(self.mesh, embed_VD, tokens_BT, self.dtype)
 
     def on_own_rows(self, function, x, *whole):
         """See `parallel.rules`."""

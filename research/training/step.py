@@ -12,6 +12,7 @@ from research.model.build import init_variables, variable_shapes
 from research.model.moe import groups_reached
 from research.model.transformer import Transformer, balance_of, block_inputs
 from research.parallel import pipeline
+from research.parallel.mesh import compiler_options
 from research.parallel.rules import Shardings, placed, shardings
 from research.training import schedules
 from research.training.losses import mtp_targets, token_losses
@@ -197,7 +198,7 @@ def make_train_step(model: Transformer, settings, loss=loss_of):
             stage_of(model, settings, rows, total, weight), mesh, trained["params"], routing, parts)
         return {"params": gradients, "amax": {}}, metrics | {"loads": {"layers": loads, "mtp": mtp_loads}}
 
-    @partial(jax.jit, donate_argnums=0, **placing)
+    @partial(jax.jit, donate_argnums=0, compiler_options=compiler_options(model.products.mesh), **placing)
     def train_step(state, batch):
         step = state["step"] + 1
         total = jnp.maximum(jnp.sum(batch["mask_BT"]), 1).astype(jnp.float32)

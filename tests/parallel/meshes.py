@@ -33,6 +33,7 @@ IN_PIECES = {  # of these, and of the one device that they must equal: a dense l
 }
 ROWS = ((7, 5), (4, 3, 3), (12,), (5, 6), (2, 2, 2), (9, 1), (11,), ())
 STEPS = 3
+REMAT = {"fsdp": "layer", "tensor and expert": "up_projections"}  # computed again there, kept on one device
 DISPATCHED = "tensor and expert"  # as training dispatches; the definition, elsewhere, compiles in a third of the time
 
 
@@ -49,7 +50,7 @@ def run(name: str) -> dict:
     pieces = IN_PIECES if name in ("one in pieces", *PIPELINES) else {}
     rows = ROWS * (2 if pieces else 1)
     s = tiny.settings(FIELDS | pieces | {f"mesh.{axis}": size for axis, size in MESHES[name].items()}
-                      | {"model.attention_implementation": attention}
+                      | {"model.attention_implementation": attention, "model.remat": REMAT.get(name, "none")}
                       | ({"training.pipeline_schedule": "zero_bubble"} if name == ZERO_BUBBLE else {}))
     model, variables = tiny.model(s, experts=experts)
     model = model.clone(products=replace(model.products, mesh=make_mesh(s), expert_room=s.training.expert_room))
@@ -62,7 +63,7 @@ def run(name: str) -> dict:
         if gradients is None:
             gradients = {path: np.asarray(x).tolist() for path, x in paths(state["optimizer"][0].mu).items()}
     return {
-        "metrics": metrics,
+        "metrics": metrics, "donated": donated(step, state),
         "gradients": gradients,
         "state": {part: {path: np.asarray(x).tolist() for path, x in paths(state[part]).items()}
                   for part in ("params", "routing", "ema")},
@@ -71,9 +72,17 @@ def run(name: str) -> dict:
     }
 
 
-def in_8_bits(**sizes) -> dict:
-    """Loss and gradients of a step under `fp8_deepseek`, 128 tokens a device: whole tiles, and more than a device with
-    four experts of eight has room for in one round. Activations are in float32:
+def donated(step, state) -> list[int]:
+    """Bytes that a compiled step writes over its arguments, on a device, and those of the state there."""
+    import jax
+
+    held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+    return [step.memory_analysis().alias_size_in_bytes, held]
+
+
+def in_8_bits(remat: str, **sizes) -> dict:
+    """Loss and gradients of a step under `fp8_deepseek`, and `donated`; 128 tokens a device: whole tiles, and more than
+    a device with four experts of eight has room for in one round. Activations are in float32:
     in 16 bits XLA rounds between other operations in each program, and 8-bit values move to their neighbours."""
     import numpy as np
 
@@ -85,14 +94,16 @@ def in_8_bits(**sizes) -> dict:
 
     fields = FIELDS | {"model.attention": "gqa", "model.attention_implementation": "reference",
                        "mtp.num_nextn_predict_layers": 0, "data.sequence_length": 128, "training.ema_decay": 0.0}
-    s = tiny.settings(fields | {"precision.recipe": "fp8_deepseek"}
+    s = tiny.settings(fields | {"precision.recipe": "fp8_deepseek", "model.remat": remat}
                       | {f"mesh.{axis}": size for axis, size in sizes.items()})
     model, (_, variables) = make_model(s, make_mesh(s)), tiny.model(tiny.settings(fields))
     recipe = replace(model.products.recipe, activations="float32")
     model = model.clone(products=replace(model.products, recipe=recipe))
     batch = tiny.batch([[10 * size for size in row] for row in ROWS], 128)
-    state, metrics = make_train_step(model, s)(init_state(model, s, variables), batch)
-    return {"loss": float(metrics["loss"]),
+    state = init_state(model, s, variables)
+    step = make_train_step(model, s).lower(state, batch).compile()
+    state, metrics = step(state, batch)
+    return {"loss": float(metrics["loss"]), "donated": donated(step, state),
             "gradients": {path: np.asarray(x).tolist() for path, x in paths(state["optimizer"][0].mu).items()}}
 
 
@@ -324,4 +335,4 @@ if __name__ == "__main__":
         json.dump({name: run(name) for name in MESHES} | {
             "restored": restored(Path(folder)), "placed": placed(Path(folder)), "ragged": ragged(),
             "evaluated": evaluated(), "dispatched": dispatched(),
-            "in 8 bits": [in_8_bits(), in_8_bits(data=2, fsdp=2, expert=2)]}, sys.stdout)
+            "in 8 bits": [in_8_bits("none"), in_8_bits("layer", data=2, fsdp=2, expert=2)]}, sys.stdout)

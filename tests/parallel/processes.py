@@ -1,6 +1,7 @@
-"""Two real processes over loopback: what each of them runs, and how the tests start them.
+"""Two or four real processes over loopback: what each of them runs, and how the tests start them.
 
     python -m tests.parallel.processes pair ADDRESS NUMBER FILE   what processes agree on, and steps over both, as JSON
+    python -m tests.parallel.processes four ADDRESS NUMBER FILE   steps over four, as JSON
     python -m tests.parallel.processes signal NAME STEP FLAGS...  research.main, which at a step sends itself a signal
 """
 
@@ -25,6 +26,7 @@ MESHES = {  # of two devices: what they share, and what one device computes too
     "stages": ({"mesh.pipeline": 2, "training.pipeline_schedule": "zero_bubble"},
                SHAPE | tiny.DENSE | {"training.accumulation_steps": 2}),
 }
+FOUR = {"mesh.data": 2, "mesh.expert": 2}  # of four devices, with the shape of "experts"
 
 
 def start(*words, cache: Path, devices: int = 1, **variables: str) -> subprocess.Popen:
@@ -170,6 +172,11 @@ if __name__ == "__main__":
         if not hosts.is_first():
             os.kill(os.getpid(), signal.SIGSTOP)  # connected, and says nothing any more
         hosts.from_all("never")
+    elif sys.argv[1] == "four":
+        from research.parallel import hosts
+
+        hosts.join(sys.argv[2], 4, int(sys.argv[3]), 60)
+        Path(sys.argv[4]).write_text(json.dumps(steps(FOUR, SHAPE)))
     else:
         from research import command, main
 

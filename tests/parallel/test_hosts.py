@@ -1,5 +1,6 @@
 """Several processes are one run: they agree, share, stop together, do not outlive each other, go on in any number."""
 
+import functools
 import json
 import shutil
 import socket
@@ -198,13 +199,9 @@ def test_each_process_reads_its_own_experts_of_a_release(pair):
                                       "model.layers.2.mlp.experts.6.up_proj.weight")
 
 
-@pytest.mark.parametrize("mesh, rows, matrix, held", [
-    ("experts", ([0, 1, 2, 3], [4, 5, 6, 7]), "layers/mlp/gate_proj", [1, 4, 16, 40]),
-    ("stages", 2 * ([0, 1, 2, 3, 4, 5, 6, 7],), "dense_layers/mlp/gate_proj/kernel", [1, 16, 24]),
-], ids=["experts", "stages"])
-def test_steps_over_two_processes_are_those_of_one_device(pair, mesh, rows, matrix, held):
-    """Experts of either process for tokens of both, or a stage in each: loss, biases and weights after the last step,
-    on both."""
+@functools.cache
+def on_one_device(mesh):
+    """Metrics of steps of the shape that this mesh shares, and weights and biases after them."""
     s = tiny.settings(processes.MESHES[mesh][1])
     model, variables = tiny.model(s)
     state, metrics = init_state(model, s, variables), []
@@ -212,17 +209,55 @@ def test_steps_over_two_processes_are_those_of_one_device(pair, mesh, rows, matr
     for number in range(processes.STEPS):
         state, told = step(state, tiny.batch(ROWS, seed=number))
         metrics.append(told)
-    expected = tiny.leaves({"params": state["params"], "routing": state["routing"]})
+    return metrics, tiny.leaves({"params": state["params"], "routing": state["routing"]})
+
+
+def assert_equal(found, metrics, expected):
+    """What a process finds, and what one device does."""
+    for one, other in zip(metrics, found["metrics"], strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            np.testing.assert_allclose(other[name], value, rtol=2e-4, err_msg=name)
+    for path, value in expected.items():
+        difference = np.linalg.norm(found["state"][path] - value)
+        assert difference <= (1e-6 if "routing" in path else 2e-3 * np.linalg.norm(value)), path
+
+
+@pytest.mark.parametrize("mesh, rows, matrix, held", [
+    ("experts", ([0, 1, 2, 3], [4, 5, 6, 7]), "layers/mlp/gate_proj", [1, 4, 16, 40]),
+    ("stages", 2 * ([0, 1, 2, 3, 4, 5, 6, 7],), "dense_layers/mlp/gate_proj/kernel", [1, 16, 24]),
+], ids=["experts", "stages"])
+def test_steps_over_two_processes_are_those_of_one_device(pair, mesh, rows, matrix, held):
+    """Experts of either process for tokens of both, or a stage in each: loss, biases and weights after the last step,
+    on both."""
     assert tuple(found["steps"][mesh]["rows"] for found in pair[0]) == rows
     for found in (found["steps"][mesh] for found in pair[0]):
         assert found["held"][matrix] == held
-        for one, other in zip(metrics, found["metrics"], strict=True):
-            assert one.keys() == other.keys()
-            for name, value in one.items():
-                np.testing.assert_allclose(other[name], value, rtol=2e-4, err_msg=name)
-        for path, value in expected.items():
-            difference = np.linalg.norm(found["state"][path] - value)
-            assert difference <= (1e-6 if "routing" in path else 2e-3 * np.linalg.norm(value)), path
+        assert_equal(found, *on_one_device(mesh))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """What each of four processes finds."""
+    address, folder = processes.free_address(), tmp_path_factory.mktemp("four")
+    files = [folder / f"{number}.json" for number in range(4)]
+    started = [processes.start("four", address, number, file, cache=folder / "xla")
+               for number, file in enumerate(files)]
+    try:
+        for code, _, said in map(finish, started):
+            assert code == 0, said[-3000:]
+    finally:
+        for process in started:
+            process.kill()
+    return [json.loads(file.read_text()) for file in files]
+
+
+def test_steps_over_four_processes_are_those_of_one_device(four):
+    """Each reads two rows, and has half of the experts, for the tokens of two."""
+    assert [found["rows"] for found in four] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    for found in four:
+        assert found["held"]["layers/mlp/gate_proj"] == [1, 4, 16, 40]
+        assert_equal(found, *on_one_device("experts"))
 
 
 @pytest.mark.parametrize("variables, name", [

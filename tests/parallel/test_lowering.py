@@ -4,11 +4,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from kernels import aot
 from research import lowering
 from research.accounting import memory
 from research.accounting.request import settings_of
 from research.model.build import make_model
-from research.parallel.mesh import abstract_mesh
+from research.parallel import overlap
+from research.parallel.mesh import abstract_mesh, make_mesh
+from research.training.step import abstract_batch, abstract_state, make_train_step
+from tests import tiny
 from tests.commands import exit_code
 from tests.training import runs
 
@@ -59,7 +63,7 @@ def test_what_is_printed_and_refused(capsys, monkeypatch):
         "devices": 2048, "mesh": {"pipeline": 2, "data": 16, "fsdp": 1, "expert": 64, "tensor": 1}, "lines": 27933,
         "seconds": {"traced": 12.4, "lowered": 6.0}, "kernels": {"in_text": 3, "different": 2},
         "exchanges": {"all_reduce": 50, "all_gather": 3}, "held": {"params": 63.9e9, "step": 4, "ema": 8.6e9},
-        "taken": None, "account": 164.1e9}
+        "taken": None, "meanwhile": None, "account": 164.1e9}
     monkeypatch.setattr(lowering, "lowered", lambda settings, compiles: given)
     assert exit_code(lowering, NANO) == 0
     assert capsys.readouterr().out.splitlines() == [
@@ -69,20 +73,67 @@ def test_what_is_printed_and_refused(capsys, monkeypatch):
         "exchanges   3 all_gather, 50 all_reduce",
         "a device    params 63.9 GB, ema 8.6 GB: 72.5 GB of the state",
         "            164.1 GB in training, by the account"]
-    given["seconds"]["compiled"], given["taken"] = 70, 171e9
+    given["seconds"]["compiled"], given["taken"], given["meanwhile"] = 70, 171e9, "of exchanges"
     assert exit_code(lowering, NANO, "--compile") == 0
     out = capsys.readouterr().out
-    assert ", compiled in 70 s\n" in out and "by the account; 171.0 GB by the compiler\n" in out
+    assert ", compiled in 70 s\n" in out
+    assert out.endswith("by the account; 171.0 GB by the compiler\nmeanwhile   of exchanges\n")
     given["held"], given["account"] = {"params": 3e6, "step": 4}, 20e6
     assert exit_code(lowering, NANO) == 0
     assert "params 3.0 MB: 3.0 MB of the state\n            20.0 MB in training" in capsys.readouterr().out
     monkeypatch.undo()
     monkeypatch.chdir(runs.ROOT)
+    monkeypatch.setattr(aot, "h200s", lambda n: (_ for _ in ()).throw(aot.Unavailable("none here")))
     for fields, said in (("mesh.expert=3",), "config.training.batch_size="), (
             ("mesh.data=2", "evaluation.batch_size=3"), "config.evaluation.batch_size=3"), (
             ("mesh.data=2", "precision.recipe=fp8_tensor"), "config.precision.recipe='fp8_tensor'"), (
-            ("mesh.data=2", "evaluation.batch_size=8"), "--compile is for one device"), ((), "--config is missing"):
+            ("mesh.data=2", "evaluation.batch_size=8"), "--compile: none here"), ((), "--config is missing"):
         words = [NANO, *(f"--config.{field}" for field in fields)] if fields else []
         assert exit_code(lowering, *words, "--compile") == 2
         out, error = capsys.readouterr()
         assert out == "" and error.startswith("error:") and said in error and error.count("\n") == 1, error
+
+
+SCHEDULE = """
+%body (p: f32[8]) -> f32[8] {
+  %a = ((f32[2]{0}), f32[8]{0}) all-gather-start(%p), dimensions={0}, metadata={op_name="jit(f)/gather"}
+  %b = f32[8]{0} bitcast(%p)
+  %c = f32[8]{0} all-gather-done(%a)
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %d = ((s32[3]{0}, bf16[4,2]{1,0}, s64[4]{0}), bf16[4,2]{1,0:S(1)}) ragged-all-to-all-start(%x, /*index=5*/%y)
+  %e = ((f32[2,3]{1,0}, f32[]), (f32[2,3]{1,0}, f32[])) all-reduce-start(%x, %y), to_apply=%add
+  %f = f32[9]{0} fusion(%p), calls=%dot, metadata={op_name="jit(f)/shared_experts/dot_general"}
+  %g = bf16[4,2]{1,0:S(1)} ragged-all-to-all-done(%d), metadata={op_name="jit(f)/exchange"}
+  %h = f32[9]{0} custom-call(%f), custom_call_target="k"
+  %i = (f32[2,3]{1,0}, f32[]) all-reduce-done(%e)
+  %j = f8e4m3fn[16]{0} all-to-all(%p), backend_config={"is_sync":true}
+  ROOT %k = f32[8]{0} while(%p), body=%body
+}
+"""
+
+
+def test_exchanges_and_what_is_computed_meanwhile_by_hand():
+    assert overlap.exchanges(SCHEDULE) == [
+        ("all-gather", 32, ()), ("ragged-all-to-all", 16, ("jit(f)/shared_experts/dot_general",)),
+        ("all-reduce", 28, ("jit(f)/shared_experts/dot_general", "")), ("all-to-all", 16, ())]
+    assert overlap.summary(SCHEDULE).startswith("2 of 4 exchanges, 44 of 92 bytes, go on beside computation")
+
+
+@pytest.mark.gpu
+def test_exchanges_of_gradients_and_tokens_go_on_beside_computation():
+    """In the program for 8 H200; the shared expert's products while tokens travel. Without the option that the step is
+    compiled with, all sums of gradients are waited for."""
+    s = tiny.settings({"model.num_hidden_layers": 1, "model.first_k_dense_replace": 0,
+                       "mtp.num_nextn_predict_layers": 0, "training.batch_size": 8, "evaluation.batch_size": 8,
+                       "mesh.data": 2, "mesh.expert": 4})
+    model = make_model(memory.with_plain_attention(s), make_mesh(s, aot.h200s(8)))
+    with jax.sharding.use_abstract_mesh(abstract_mesh(s)):
+        program = make_train_step(model, s).lower(abstract_state(model, s), abstract_batch(8, tiny.LENGTH)).compile()
+    found = overlap.exchanges(program.as_text())
+    for kind in "all-reduce", "all-gather":
+        assert all(exchange.meanwhile for exchange in found if exchange.kind == kind), kind
+    tokens = [exchange for exchange in found if exchange.kind == "ragged-all-to-all"]
+    assert len(tokens) >= 8 and sum(bool(exchange.meanwhile) for exchange in tokens) > 0.8 * len(tokens)
+    assert any("shared_experts" in name for exchange in tokens for name in exchange.meanwhile)

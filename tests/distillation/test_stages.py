@@ -14,7 +14,7 @@ from experiments import base
 from research import distill, experiment, plots
 from research.command import Stopped
 from research.data.tokenizer import Tokenizer, _bytes
-from research.distillation import rollouts, sample, stages
+from research.distillation import made, rollouts, sample, stages, tasks, trainer
 from research.distillation.settings import check
 from research.distillation.template import final_answer
 from research.errors import RequestError
@@ -87,7 +87,7 @@ def copy(whole, tmp_path):
 def test_all_stages_leave_what_is_promised(whole):
     workdir, said = whole
     s = settings()
-    problems = {p.digest.hex(): p for p in stages.tasks.train_and_test(s.task)[0][:40]}
+    problems = {p.digest.hex(): p for p in tasks.train_and_test(s.task)[0][:40]}
     samples = sample.read(workdir / "samples.jsonl")
     assert [(x.problem, x.number) for x in samples] == [(name, n) for name in problems for n in range(2)]
     verified = [json.loads(line) for line in (workdir / "verified.jsonl").read_text().splitlines()]
@@ -134,8 +134,8 @@ def test_a_student_starts_from_the_base_and_a_teacher_from_its_cold_start(whole)
 
 def test_what_is_done_is_not_done_again(whole, copy, monkeypatch):
     before = files(copy)
-    for name in ("loop.train", "Decoder.generate"):
-        monkeypatch.setattr(f"research.distillation.stages.{name}", None)
+    for name in ("trainer.loop.train", "stages.Decoder.generate"):
+        monkeypatch.setattr(f"research.distillation.{name}", None)
     run(copy, *distill.STAGES)
     after = files(copy)
     assert before.keys() == after.keys()
@@ -166,12 +166,12 @@ def test_a_report_tells_what_was_used_and_not_what_was_asked_for_later(copy, cap
 
 def test_other_weights_are_another_model(copy):
     path = copy / "evaluation/base-2.sampled.jsonl"
-    told = stages.made.read(path)
+    told = made.read(path)
     _, model, variables = stages.checked_weights(copy / "base")
-    assert told["weights"] == stages.made.digest(variables)
+    assert told["weights"] == made.digest(variables)
     changed = jax.tree.map(np.array, variables)
     changed["params"]["embed_tokens"][-1, -1] += 1e-3
-    assert stages.made.digest(changed) != told["weights"]
+    assert made.digest(changed) != told["weights"]
 
 
 def test_a_killed_sampling_goes_on_without_loss_or_repetition(copy):
@@ -331,7 +331,7 @@ def corpus(monkeypatch):
     def train(settings, workdir, corpus, loss):
         raise Given(corpus)
 
-    monkeypatch.setattr(stages.loop, "train", train)
+    monkeypatch.setattr(trainer.loop, "train", train)
 
 
 def test_another_tokenizer_learns_from_texts_but_not_from_logits(copy, corpus):
@@ -404,7 +404,7 @@ def test_logits_of_the_teacher_come_with_the_rows(copy, corpus, monkeypatch):
     progress = copy / "logits_of_teacher/progress.json"
     told = json.loads(progress.read_text())
     progress.write_text(json.dumps(told | {"rows": 2}))
-    monkeypatch.setattr(stages.imitate, "_kept", lambda *_, **__: {
+    monkeypatch.setattr(trainer.imitate, "_kept", lambda *_, **__: {
         name: jnp.zeros((2, *array.shape[1:]), array.dtype) for name, array in kept.items()})
     with pytest.raises(Given):
         run(copy, "student", **changes)

@@ -12,7 +12,6 @@ from pathlib import Path
 from absl import logging
 
 from research import config
-from research.command import Stopped
 from research.data.sources import Document
 from research.data.tokenizer import Tokenizer, build
 from research.distillation import imitate, made, on_policy, reinforce, rejection, rollouts, tasks
@@ -156,12 +155,7 @@ class Trainer:
         self._train(drawn.settings, folder, corpus=drawn, evaluate=drawn.evaluate, loss=loss)
 
     def _train(self, settings, folder: str, **how) -> None:
-        try:
-            loop.train(settings, self.workdir / folder, **how)
-        except Stopped:  # at its last step it may be: then nothing is left to train
-            made.write(self.workdir / folder, self.record(folder))
-            raise
-        made.write(self.workdir / folder, self.record(folder))
+        loop.train(settings, self.workdir / folder, note={made.NOTE: self.record(folder)}, **how)
 
     def _pairs(self) -> list[tuple[str, str]]:
         """(prompt, response) that the student's method is to learn from."""

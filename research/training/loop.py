@@ -37,11 +37,12 @@ from research.training.workdir import owned, write_files
 
 
 def train(settings: config.Settings, workdir: Path, profile: bool = False, corpus=None, loss=loss_of,
-          evaluate: Callable | None = None) -> dict:
+          evaluate: Callable | None = None, note: dict | None = None) -> dict:
     """Trains from the workdir's newest intact checkpoint, or from the start, to `training.steps`; evaluates and saves.
 
     corpus: None is the config's text; anything else that has batches (finetune.Examples, rollouts.Rollouts) stands in
     for it. loss: as `step.loss_of`. evaluate: as `evaluation.evaluate`, whose `loss` says which checkpoint is best.
+    note: what goes into the record of every checkpoint besides.
     Returns the summary that is printed. Raises RequestError before anything is written, RunError for a run that
     failed on its way, Stopped after saving on Ctrl-C or SIGTERM. Of several processes each does all of this, and the
     first alone writes, but for the arrays of checkpoints.
@@ -113,7 +114,8 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
                 log.sync()
                 copy = jax.tree.map(jnp.copy, state)  # the next step may reuse the state's own buffers at once
                 checkpoints.save(step, copy, {
-                    "data": batches.get_state() | {"step": step}, "tokens": tokens, "seconds": clock.seconds}, loss)
+                    "data": batches.get_state() | {"step": step}, "tokens": tokens, "seconds": clock.seconds}
+                    | (note or {}), loss)
 
         def evaluates():
             return step == steps or bool(evaluating.every_steps and step % evaluating.every_steps == 0)

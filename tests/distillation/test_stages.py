@@ -19,6 +19,7 @@ from research.distillation.settings import check
 from research.distillation.template import final_answer
 from research.errors import RequestError
 from research.studies.distillation import Distilled
+from research.training.checkpoint import seal
 from tests.commands import exit_code
 from tests.training import runs
 
@@ -157,11 +158,23 @@ def test_a_report_tells_what_was_used_and_not_what_was_asked_for_later(copy, cap
     assert "`evaluation.batch_size`: 8" in report and "per_problem" not in report and "student_steps`: 9" not in report
     assert f"{copy / 'distilled'} is finished, with config.student.optimizer.learning_rate=0.005 and not 0.0001" in (
         caplog.text) and f"{copy / 'teacher'} is finished, with config.reinforcement.student_steps" not in caplog.text
-    (copy / "distilled/made.json").unlink()
+    step, = (copy / "distilled/checkpoints").glob("[0-9]*")
+    told = json.loads((step / "record/metadata").read_text())
+    (step / "record/metadata").write_text(json.dumps({name: told[name] for name in told if name != "made"}))
+    seal(step)  # as of an older version
     run(copy, "evaluate", **{"student.optimizer.learning_rate": 1e-4})
     report = (copy / "report.md").read_text()
     assert "- `student.optimizer.learning_rate`: 0.005 (base); 0.0001 (distilled)\n" in report
     assert "Of distilled there is no record: taken to be as this command says" in report
+
+
+def test_a_model_has_its_record_however_its_process_ends(copy, monkeypatch, caplog):
+    shutil.rmtree(copy / "distilled")
+    with monkeypatch.context() as patch, pytest.raises(Given):
+        patch.setattr(trainer.loop.samples, "write", given)  # the last checkpoint is saved
+        run(copy, "student")
+    run(copy, "student", **{"student.optimizer.learning_rate": 1e-4})
+    assert f"{copy / 'distilled'} is finished, with config.student.optimizer.learning_rate=0.005 and not" in caplog.text
 
 
 def test_other_weights_are_another_model(copy):
@@ -309,7 +322,7 @@ def test_a_benchmark_of_a_checkpoint_stands_beside_the_papers_row(whole, tmp_pat
     path.write_text("\n".join(map(json.dumps, rows)))
     chosen = experiment.load(str(runs.ROOT / "experiments/r1_evaluate.py:aime:smoke"))
     there = tmp_path / "run/Qwen"  # within the working directory, and none of its models
-    shutil.copytree(whole[0] / "teacher", there, ignore=shutil.ignore_patterns("made.json"))
+    shutil.copytree(whole[0] / "teacher", there)
     fields = {"task.test_files": path, "evaluation.checkpoint": there, "template": "plain"}
     chosen = experiment.change(chosen, [f"{name}={value}" for name, value in fields.items()],
                                base.get_distillation_config())
@@ -325,13 +338,14 @@ class Given(Exception):
     """What a run was given to learn from."""
 
 
+def given(*_, corpus=None, **__):
+    raise Given(corpus)
+
+
 @pytest.fixture
 def corpus(monkeypatch):
     """Stands in for training."""
-    def train(settings, workdir, corpus, loss):
-        raise Given(corpus)
-
-    monkeypatch.setattr(trainer.loop, "train", train)
+    monkeypatch.setattr(trainer.loop, "train", given)
 
 
 def test_another_tokenizer_learns_from_texts_but_not_from_logits(copy, corpus):

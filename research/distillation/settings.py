@@ -74,12 +74,14 @@ def complete(chosen: ConfigDict) -> ConfigDict:
     R1's: its template, no cold start, a user's problems, responses as long as a row; pass@1 at temperature 0.6 and
     top-p 0.95 (v1 §3), which sampling has too; reinforcement as of Qwen2.5-32B-Zero (v2 B.4). Its 600k and 200k samples
     are what `task.files` and `tuning.files` hold. It gives neither how many samples of a problem were drawn or kept,
-    nor at which temperature, nor this model's clip: those are experiments/base.py's.
+    nor at which temperature, nor this model's clip: those are experiments/base.py's. Ours: at least half of a model's
+    positions are left for the prompt. Raises RequestError for what is no config of a model.
     """
     if "student" in chosen:
         return chosen
+    given = flatten(config.checked_fields(chosen, base.get_config()))
+    length = min(given["data.sequence_length"], given["model.max_position_embeddings"] // 2)  # R1: 32,768
     whole = base.get_distillation_config()
-    length = chosen.data.sequence_length  # R1: 32,768
     whole.template, whole.cold_start.problems = "deepseek", 0
     whole.task.update(dict(source="files", count=0))
     for group in (whole.sampling, whole.rejection, whole.evaluation, whole.reinforcement):
@@ -87,7 +89,7 @@ def complete(chosen: ConfigDict) -> ConfigDict:
     whole.reinforcement.update(dict(  # 8,192 samples of 512 questions, in updates of 512; 400 updates: 25 batches
         student_steps=10000, learning_rate=2e-6, questions=512, group_size=16, minibatches=16, reference_every=25))
     whole.student.update_from_flattened_dict({
-        name: value for name, value in flatten(chosen.to_dict()).items() if name != "training.seed"})
+        name: value for name, value in given.items() if name != "training.seed"})
     return whole
 
 

@@ -1,8 +1,10 @@
 """The config of research.distill: every arm, what is refused and in which words, and derived fields."""
 
 import json
+import sys
 
 import pytest
+from ml_collections import ConfigDict
 
 from experiments import base
 from research import experiment
@@ -42,6 +44,12 @@ def test_one_seed_is_everybodys_until_they_have_their_own():
     s = settings_of("seed=3", "task.seed=9")
     assert s.task.seed == 9
     assert {3} == {s.sampling.seed, s.evaluation.seed, s.teacher.training.seed, s.student.training.seed}
+
+
+def test_a_field_without_its_group_is_looked_for_among_this_commands(tmp_path):
+    told = runs.finish(runs.start([sys.executable, "-m", "research.distill", "--samples=3"], tmp_path))
+    assert told == (2, "", "error: --samples is not a flag (did you mean --config.evaluation.samples or "
+                    "--config.sampling.samples?)\n")
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -85,6 +93,11 @@ def test_the_config_of_a_model_alone_is_a_students():
     r = s.reinforcement
     assert (r.questions * r.group_size, r.minibatches * r.reference_every, r.learning_rate) == (8192, 400, 2e-6)
     assert complete(chosen) is chosen and s.cold_start.problems == 0 and "boxed" in s.template.directive
+    short = complete(experiment.load(str(runs.ROOT / "experiments/deepseek_v3.py")))  # rows as long as its positions
+    assert (short.student.model.max_position_embeddings, short.sampling.max_tokens) == (4096, 2048)
+    del (lacking := ConfigDict(base.get_config().to_dict()))["data"]
+    with pytest.raises(RequestError, match=r"config\.data\.\w+ is missing"):
+        complete(lacking)
 
 
 def test_a_reinforcement_is_never_saved_between_two_updates_of_a_batch():

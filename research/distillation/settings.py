@@ -25,9 +25,11 @@ AT_LEAST = {
     0: ("seed", "sampling.seed", "evaluation.seed", "cold_start.problems", "cold_start.student_steps",
         "reinforcement.teacher_steps", "reinforcement.student_steps", "reinforcement.kl_weight", "reinforcement.clip",
         "reinforcement.reference_every", "reinforcement.draft_tokens", "sampling.problems", "sampling.draft_tokens",
-        "evaluation.problems", "task.count"),
+        "sampling.temperature", "rejection.foreign_share", "evaluation.problems", "evaluation.temperature",
+        "task.count"),
     1: ("reinforcement.questions", "reinforcement.minibatches", "reinforcement.epochs", "reinforcement.max_tokens",
         "sampling.samples", "sampling.batch_size", "sampling.max_tokens", "logits.top_k", "on_policy.steps",
+        "rejection.max_tokens", "rejection.repeated_words", "rejection.repeated_times", "rejection.per_problem",
         "evaluation.samples", "evaluation.batch_size", "evaluation.max_tokens"),
     2: ("reinforcement.group_size",),
 }
@@ -111,6 +113,9 @@ def check(chosen: ConfigDict) -> Settings:
     for name in ("reinforcement.warmup_fraction", "task.test_fraction", "on_policy.student_data_fraction"):
         if not 0 <= given[name] <= 1:
             raise RequestError.field(name, given[name], "must be between 0 and 1")
+    for name in ("sampling.top_p", "evaluation.top_p"):
+        if not 0 < given[name] <= 1:
+            raise RequestError.field(name, given[name], "must be above 0 and at most 1")
     for name in ("logits.beta", "on_policy.beta"):
         if not 0 < given[name] < 1:
             raise RequestError.field(name, given[name], "must be above 0 and below 1")

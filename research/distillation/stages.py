@@ -71,7 +71,7 @@ class Pipeline:
     def check(self, stages: Sequence[str]) -> None:
         """RequestError for what the first stage lacks, and what the config cannot mean."""
         s = self.settings
-        if "teacher" in stages:
+        if "teacher" in stages and self.trainer.training:
             self._starts("teacher", s.reinforcement.teacher_steps)
         if "student" in stages and s.method in DRAWING:
             self._starts("student", s.reinforcement.student_steps)
@@ -93,7 +93,7 @@ class Pipeline:
             checkpoint = getattr(s, name).checkpoint
             if is_read and checkpoint and not Path(checkpoint).expanduser().is_dir():
                 raise RequestError.field(f"{name}.checkpoint", checkpoint, "is not a directory")
-        self._check_drafts(stages)
+        self._check_decoding(stages)
         if stages[0] == "evaluate" and not self._evaluated_folders:
             raise RequestError(f"--stage=evaluate needs a model: {self.workdir} has none, and "
                                "config.evaluation.checkpoint names none")
@@ -152,18 +152,26 @@ class Pipeline:
             return {folder.name: folder}
         return {name: self.workdir / name for name in evaluate.NAMES if (self.workdir / name / "checkpoints").is_dir()}
 
-    def _check_drafts(self, stages: Sequence[str]) -> None:
-        """RequestError where a model is to draft that has no module to do so."""
+    def _check_decoding(self, stages: Sequence[str]) -> None:
+        """RequestError where a model is to say more than it has positions for, or to draft without a module for it."""
         s, asked = self.settings, []
         if "teacher" in stages and s.reinforcement.teacher_steps:
             asked.append(("reinforcement", "teacher", s.teacher))
         if "student" in stages and s.method in DRAWING:
             asked.append(("reinforcement", "student", s.student))
-        if "sample" in stages and s.sampling.draft_tokens:
-            asked.append(("sampling", "teacher",
-                          read_settings(self.trainer.sampled) if s.sampling.checkpoint else s.teacher))
+        if "sample" in stages:
+            made_now = "teacher" in stages and not s.sampling.checkpoint
+            asked.append(("sampling", "teacher", s.teacher if made_now else read_settings(self.trainer.sampled)))
+        if "evaluate" in stages and s.evaluation.checkpoint:
+            asked.append(("evaluation", "checkpoint", read_settings(Path(s.evaluation.checkpoint).expanduser())))
+        elif "evaluate" in stages:
+            asked += [("evaluation", name, getattr(s, name)) for name in ("teacher", "student") if name in stages]
         for group, name, model in asked:
-            drafts = getattr(s, group).draft_tokens
+            tokens, positions = getattr(s, group).max_tokens, model.model.max_position_embeddings
+            if tokens >= positions:
+                raise RequestError.field(f"{group}.max_tokens", tokens, "leaves no room for a prompt: the "
+                                         f"{name} has max_position_embeddings={positions}")
+            drafts = group != "evaluation" and getattr(s, group).draft_tokens
             if drafts and not model.mtp.num_nextn_predict_layers:
                 raise RequestError.field(f"{group}.draft_tokens", drafts, f"must be 0: the {name} has no multi-token "
                                          "module to draft with (mtp.num_nextn_predict_layers=0)")

@@ -194,7 +194,9 @@ def _read(task: Task, field: str) -> list[Problem]:
     if task.check not in CHECKS:
         expected = f"is none of {', '.join(CHECKS)}{nearest(task.check, CHECKS)}"
         raise RequestError.field("task.check", task.check, expected)
-    keys = {f"task.{name}": getattr(task, name) for name in ("question_field", "answer_field", "solution_field")}
+    keys = {f"task.{name}": getattr(task, name) for name in ("question_field", "answer_field")}
+    if task.solution_field:
+        keys["task.solution_field"] = task.solution_field
     problems = [_problem(where, texts, task, field)
                 for where, texts in read_rows(f"task.{field}", getattr(task, field), keys)]
     if not problems:
@@ -208,7 +210,7 @@ def read_rows(name: str, patterns: str, keys: dict[str, str]) -> list[tuple[str,
     """(`path:line`, texts) of every JSON line of the files that match, in the order of names and lines.
 
     name: of the config's field that holds `patterns`, globs separated by commas. keys: {config field: key of the
-    lines}; a text stands under the last part of its config field, an empty key is left out. Raises RequestError.
+    lines}; a text stands under the last part of its config field. Raises RequestError.
     """
     paths = []
     for pattern in filter(None, map(str.strip, patterns.split(","))):
@@ -240,8 +242,6 @@ def _rows_of(path: str, field: str, patterns: str, keys: dict[str, str]) -> Iter
             raise refuse(f"{where} is not JSON ({getattr(error, 'msg', 'nested too deeply')})") from None
         texts = {}
         for name, key in keys.items():
-            if not key:
-                continue
             if not isinstance(row, dict) or key not in row:
                 raise refuse(f"{where} has no field {key!r} (config.{name})")
             value = row[key]

@@ -264,11 +264,23 @@ def test_a_stopped_reinforcement_goes_on_as_if_it_had_not_been(whole, copy, monk
      r"config\.reinforcement\.draft_tokens=1 must be 0: the teacher has no"),
     ("student", {"method": "reinforced", "reinforcement.draft_tokens": 2, "teacher.mtp.num_nextn_predict_layers": 1},
      r"config\.reinforcement\.draft_tokens=2 must be 0: the student has no multi-token module to draft with"),
+    ("teacher", {"reinforcement.max_tokens": 64},
+     r"config\.reinforcement\.max_tokens=64 leaves no room for a prompt: the teacher has max_position_embeddings=64"),
     ("evaluate", {}, r"--stage=evaluate needs a model: .* has none"),
 ])
 def test_what_a_stage_lacks_is_said_and_nothing_is_left(tmp_path, stage, changes, message):
     with pytest.raises(RequestError, match=message):
         run(tmp_path / "run", stage, **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_later_stage_cannot_do_is_said_before_the_first(whole, tmp_path):
+    for name, value, message in (
+            ("sampling.max_tokens", 64, "leaves no room for a prompt: the teacher has max_position_embeddings=64"),
+            ("evaluation.max_tokens", 99, "leaves no room for a prompt: the teacher has max_position_embeddings=64"),
+            ("evaluation.checkpoint", tmp_path, "holds neither checkpoints/ nor")):
+        with pytest.raises(RequestError, match=message):
+            run(tmp_path / "run", *distill.STAGES, **{name: value})
     assert not (tmp_path / "run").exists()
 
 

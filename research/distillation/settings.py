@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass
 
@@ -135,9 +136,9 @@ def _model(groups: dict, name: str) -> config.Settings:
         if found.training.batch_ramp_start:
             raise RequestError.field("training.batch_ramp_start", found.training.batch_ramp_start,
                                      "must be 0: batches of examples do not grow")
-        for axis, size in found.mesh.items():
-            if size != 1:
-                raise RequestError.field(f"mesh.{axis}", size, "must be 1: distillation runs on one device")
+        if found.mesh.pipeline > 1:
+            raise RequestError.field("mesh.pipeline", found.mesh.pipeline, "must be 1: no loss of distillation's is "
+                                     "computed in stages")
     return found
 
 
@@ -159,9 +160,11 @@ def _check_rows(given: dict) -> None:
                                  "config.reinforcement.questions times group_size")
     for name in ("teacher", "student"):
         parts = given[f"{name}.training.accumulation_steps"]
-        if rows // pieces % parts:
+        shards = math.prod(given[f"{name}.mesh.{axis}"] for axis in ("data", "fsdp", "expert"))
+        if rows // pieces % (parts * shards):
+            over = "" if shards == 1 else f"with {shards} = mesh.data * mesh.fsdp * mesh.expert "
             raise RequestError.field(f"{name}.training.accumulation_steps", parts,
-                                     f"does not divide the {rows // pieces} samples of an update of "
+                                     f"{over}does not divide the {rows // pieces} samples of an update of "
                                      "config.reinforcement")
 
 

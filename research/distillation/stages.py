@@ -16,6 +16,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from absl import logging
 
 from research import environment
@@ -24,7 +25,7 @@ from research.decoding.generate import Decoder
 from research.decoding.sampling import Sampling
 from research.distillation import evaluate, made, rejection
 from research.distillation.sample import Plan, drafting, read, sample
-from research.distillation.settings import DRAWING, Settings
+from research.distillation.settings import DRAWING, Settings, named
 from research.distillation.tasks import Problem
 from research.distillation.trainer import Trainer
 from research.distillation.verify import Checker
@@ -32,6 +33,7 @@ from research.errors import RequestError
 from research.experiment import flatten
 from research.files import write_whole
 from research.interop.weights import checked_weights, read_settings
+from research.parallel.mesh import check_devices
 from research.training.checkpoint import Checkpoints
 from research.training.workdir import owned
 
@@ -93,6 +95,10 @@ class Pipeline:
             checkpoint = getattr(s, name).checkpoint
             if is_read and checkpoint and not Path(checkpoint).expanduser().is_dir():
                 raise RequestError.field(f"{name}.checkpoint", checkpoint, "is not a directory")
+        for name in ("teacher", "student"):
+            if name in stages:
+                with named(name):
+                    check_devices(getattr(s, name), jax.devices())
         self._check_decoding(stages)
         if stages[0] == "evaluate" and not self._evaluated_folders:
             raise RequestError(f"--stage=evaluate needs a model: {self.workdir} has none, and "

@@ -78,7 +78,9 @@ def test_a_field_without_its_group_is_looked_for_among_this_commands(tmp_path):
     ("teacher.model.n_group=3", r"config\.teacher\.model\.n_group=3 does not divide config\.teacher\.model\.n_routed"),
     ("student.training.accumulation_steps=3", r"config\.student\.training\.accumulation_steps=3 does not divide"),
     ("student.training.batch_ramp_start=4", r"config\.student\.training\.batch_ramp_start=4 must be 0"),
-    ("teacher.mesh.data=2", r"config\.teacher\.mesh\.data=2 must be 1: distillation"),
+    ("teacher.mesh.pipeline=2", r"config\.teacher\.mesh\.pipeline=2 must be 1: no loss of distillation's"),
+    ("teacher.mesh.data=8 reinforcement.questions=1 reinforcement.group_size=4 teacher.training.batch_size=8",
+     r"config\.teacher\.training\.accumulation_steps=1 with 8 = mesh\.data .* does not divide the 4 samples"),
     ("on_policy.learning_rate=0", r"config\.on_policy\.learning_rate=0\.0 must be "),
     ("task.options=[1]", r"config\.task\.options='\[1\]' must be a JSON object"),
     ("task.test_fraction=2", r"config\.task\.test_fraction=2\.0 must be between 0 and 1"),
@@ -86,7 +88,7 @@ def test_a_field_without_its_group_is_looked_for_among_this_commands(tmp_path):
 ])
 def test_a_wrong_field_is_named(change, message):
     with pytest.raises(RequestError, match=message):
-        settings_of(change)
+        settings_of(*change.split(" "))
 
 
 def test_the_config_of_a_model_alone_is_a_students():

@@ -278,6 +278,7 @@ def test_what_a_later_stage_cannot_do_is_said_before_the_first(whole, tmp_path):
     for name, value, message in (
             ("sampling.max_tokens", 64, "leaves no room for a prompt: the teacher has max_position_embeddings=64"),
             ("evaluation.max_tokens", 99, "leaves no room for a prompt: the teacher has max_position_embeddings=64"),
+            ("student.mesh.data", 8, "config.student.mesh.data=8 needs 8 devices: 1 cpu device is present"),
             ("evaluation.checkpoint", tmp_path, "holds neither checkpoints/ nor")):
         with pytest.raises(RequestError, match=message):
             run(tmp_path / "run", *distill.STAGES, **{name: value})

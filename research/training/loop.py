@@ -51,7 +51,7 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
     settings = settings.with_vocabulary(corpus.tokenizer.vocab_size)
     steps, saving, evaluating = settings.training.steps, settings.checkpoint, settings.evaluation
     model = make_model(settings, make_mesh(settings))
-    step_function = make_train_step(model, settings, loss)
+    step_function, over = make_train_step(model, settings, loss), shardings_of(model, settings)
     corpus = shared_out(corpus, model, settings)
     checkpoints = Checkpoints(workdir / "checkpoints", saving.keep_last, saving.keep_best)
     step = 0  # the one that is at work
@@ -141,6 +141,8 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
         for step in range(first, steps + 1):
             with clock.phase("data"):
                 batch = batches.take(state)
+                if over:  # what was computed for it, a teacher's logits say, lies on one device
+                    batch = jax.device_put(batch, over.batch)
             size, shapes = batch["tokens_BT"].size, tuple((name, batch[name].shape) for name in sorted(batch))
             if shapes not in compiled:
                 read_pending()

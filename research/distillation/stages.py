@@ -90,11 +90,14 @@ class Pipeline:
         for path, stage in needs.get(stages[0], []):
             if not path.exists():
                 raise RequestError(f"--stage={stages[0]} needs {path}, which --stage={stage} writes")
-        for name, is_read in (("sampling", "sample" in stages or ("student" in stages and scores)),
-                              ("evaluation", "evaluate" in stages)):
-            checkpoint = getattr(s, name).checkpoint
-            if is_read and checkpoint and not Path(checkpoint).expanduser().is_dir():
-                raise RequestError.field(f"{name}.checkpoint", checkpoint, "is not a directory")
+        for name, is_read in (("sampling.checkpoint", "sample" in stages or ("student" in stages and scores)),
+                              ("evaluation.checkpoint", "evaluate" in stages),
+                              ("teacher.checkpoint.initialize_from", "teacher" in stages),
+                              ("student.checkpoint.initialize_from", "student" in stages)):
+            if is_read and s.fields[name]:
+                _check_folder(name, s.fields[name])
+        if "student" in stages and s.tuning.files and not self.trainer.pairs:
+            raise RequestError.field("tuning.files", s.tuning.files, "holds nothing to learn from")
         for name in ("teacher", "student"):
             if name in stages:
                 with named(name):
@@ -227,6 +230,16 @@ class Pipeline:
                 raise RequestError(str(error).replace("config.sampling", "config.evaluation")) from None
             found[kind] = read(path)
         return evaluate.estimates(found, problems, self.checker) | evaluate.facts(folder, settings, step)
+
+
+def _check_folder(name: str, folder: str) -> None:
+    """RequestError where the field `name` names what is no checkpoint."""
+    if not Path(folder).expanduser().is_dir():
+        raise RequestError.field(name, folder, "is not a directory")
+    try:
+        read_settings(Path(folder).expanduser())
+    except RequestError as error:
+        raise RequestError.field(name, folder, f"cannot be used: {error}") from None
 
 
 def _add(path: Path, found: dict) -> None:

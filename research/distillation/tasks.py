@@ -20,7 +20,7 @@ from research.errors import RequestError, nearest
 CHECKS = ("numeric", "latex")  # that a file's answers may have; reasoning-gym's bring their own
 _MARKER = "####"  # what stands before the final answer in GSM8K's solutions
 _ANNOTATION = re.compile(r"<<[^<>]*>>")  # and its calculator's notes inside them
-_MOST_TRIES = 50  # draws for each new problem: a space that is smaller is refused
+_MOST_TRIES = 50  # draws for each problem that is there, without a new one: then the space has no more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,16 +124,17 @@ def _arithmetic(task: Task) -> list[Problem]:
     ending = f" modulo {task.modulus}" if task.modulus else ""
     stream = np.random.Philox(key=[task.seed % 2**64, 0])
     found: dict[str, Problem] = {}
-    for _ in range(_MOST_TRIES * task.count):
-        if len(found) == task.count:
-            break
+    in_vain = 0
+    while len(found) < task.count and in_vain <= _MOST_TRIES * len(found):
         tree = _expression(lambda bound: int(stream.random_raw() % bound), task.operations, 10**task.digits)
         lines = [_written(tree)]
         while not isinstance(tree, int):
             tree = _reduced(tree, task.modulus)
             lines.append(_written(tree))
         question = f"Compute {lines[0]}{ending}."
+        in_vain += 1
         if question not in found:
+            in_vain = 0
             found[question] = Problem(question, lines[-1], "\n= ".join(lines), "numeric", f"arithmetic:{len(found)}")
     if len(found) < task.count:
         raise RequestError.field("task.count", task.count, f"is more than there are: {len(found)} different problems "

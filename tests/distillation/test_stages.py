@@ -275,11 +275,15 @@ def test_what_a_stage_lacks_is_said_and_nothing_is_left(tmp_path, stage, changes
 
 
 def test_what_a_later_stage_cannot_do_is_said_before_the_first(whole, tmp_path):
+    (empty := tmp_path / "empty.jsonl").touch()
     for name, value, message in (
             ("sampling.max_tokens", 64, "leaves no room for a prompt: the teacher has max_position_embeddings=64"),
             ("evaluation.max_tokens", 99, "leaves no room for a prompt: the teacher has max_position_embeddings=64"),
             ("student.mesh.data", 8, "config.student.mesh.data=8 needs 8 devices: 1 cpu device is present"),
-            ("evaluation.checkpoint", tmp_path, "holds neither checkpoints/ nor")):
+            ("evaluation.checkpoint", tmp_path, r"evaluation\.checkpoint='.*' cannot be used: .* holds neither check"),
+            ("student.checkpoint.initialize_from", tmp_path, r"student\.checkpoint\.initialize_from='.*' cannot be"),
+            ("student.checkpoint.initialize_from", "nowhere", r"initialize_from='nowhere' is not a directory"),
+            ("tuning.files", empty, "tuning.files='.*' holds nothing to learn from")):
         with pytest.raises(RequestError, match=message):
             run(tmp_path / "run", *distill.STAGES, **{name: value})
     assert not (tmp_path / "run").exists()

@@ -34,7 +34,7 @@ class Stopped(BaseException):
 
 
 def run(main: Callable[[], None], values: flags.FlagValues = flags.FLAGS, allocator: str = HUGE_PAGES,
-        leave: Callable[[int], None] = sys.exit) -> None:
+        leave: Callable[[int], None] = sys.exit, fields: Callable | None = None) -> None:
     """Runs the command of this process, whose flags are `values`, and exits, by `leave`, with the code of `execute`."""
     tune_process(allocator)
     signal.signal(signal.SIGTERM, _terminate)
@@ -43,7 +43,7 @@ def run(main: Callable[[], None], values: flags.FlagValues = flags.FLAGS, alloca
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     sys.unraisablehook = raise_again
     log_lines()
-    code = execute(main, sys.argv, values)
+    code = execute(main, sys.argv, values, fields)
     for number in STOPS:  # what comes while the interpreter shuts down just ends it
         signal.signal(number, signal.SIG_DFL)
     leave(code)
@@ -99,7 +99,7 @@ def raise_again(unraisable) -> None:
     timer.start()
 
 
-def execute(main: Callable[[], None], argv: list[str], values: flags.FlagValues) -> int:
+def execute(main: Callable[[], None], argv: list[str], values: flags.FlagValues, fields: Callable | None = None) -> int:
     """Parses `argv` into `values` and runs a command. Returns its exit code.
 
     0 done; 1 failed, 2 wrong request: one line on stderr, no traceback; 130 and 143 stopped. Any other exception is
@@ -109,7 +109,7 @@ def execute(main: Callable[[], None], argv: list[str], values: flags.FlagValues)
         if _HELP & set(argv[1:]):
             print(usage(values))
         else:
-            parse_flags(argv, values)
+            parse_flags(argv, values, fields)
             main()
         sys.stdout.flush()
         return 0
@@ -128,11 +128,12 @@ def execute(main: Callable[[], None], argv: list[str], values: flags.FlagValues)
         return stopped.code
 
 
-def parse_flags(argv: list[str], values: flags.FlagValues) -> None:
+def parse_flags(argv: list[str], values: flags.FlagValues, fields: Callable | None = None) -> None:
     """absl's parser, with every complaint as a RequestError of one line.
 
     `--config.model.hidden_size=64`, in any order with --config, becomes `--config.=model.hidden_size=64` for the
-    commands that have a flag of this name (see research/experiment.py).
+    commands that have a flag of this name (see research/experiment.py). fields: the config that has those which a flag
+    may be meant for; None: a run's, of experiments/base.py.
     """
     try:
         argv = values.read_flags_from_files(argv, force_gnu=False)
@@ -141,8 +142,8 @@ def parse_flags(argv: list[str], values: flags.FlagValues) -> None:
             argv = [re.sub(r"^--?config\.", "--config.=", word) for word in argv]
         rest = values(argv)
     except flags.UnrecognizedFlagError as error:
-        raise RequestError(f"--{error.flagname} is not a flag"
-                           f"{_field(error.flagname, values) or nearest(error.flagname, values, '--')}") from None
+        meant = _field(error.flagname, values, fields) or nearest(error.flagname, values, "--")
+        raise RequestError(f"--{error.flagname} is not a flag{meant}") from None
     except flags.Error as error:
         said = str(error).removeprefix("ERROR:: ")
         said = re.sub(r"\('(Non-boolean .*?)', .*\)$", r"\1", said)
@@ -152,14 +153,17 @@ def parse_flags(argv: list[str], values: flags.FlagValues) -> None:
         raise RequestError(f"{rest[1]!r} is not a flag: flags are written --name=value")
 
 
-def _field(name: str, values: flags.FlagValues) -> str:
-    """` (did you mean --config.X?)` for a field of the configuration, or its last part, written as a flag."""
+def _field(name: str, values: flags.FlagValues, fields: Callable | None) -> str:
+    """` (did you mean --config.X?)` for a field of the configuration, or its last part, written as a flag: those of the
+    outermost groups that have one."""
     from experiments import base
     from research.experiment import flatten
 
-    fields = flatten(base.get_config().to_dict()) if "config." in values else ()
-    found = [field for field in fields if name in (field, field.rsplit(".", 1)[-1])]
-    return f" (did you mean --config.{found[0]}?)" if found else ""
+    known = flatten((fields or base.get_config)().to_dict()) if "config." in values else ()
+    found = [field for field in known if name in (field, field.rsplit(".", 1)[-1])]
+    depth = min((field.count(".") for field in found), default=0)
+    meant = " or ".join(f"--config.{field}" for field in found if field.count(".") == depth)
+    return f" (did you mean {meant}?)" if found else ""
 
 
 def usage(values: flags.FlagValues) -> str:

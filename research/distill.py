@@ -36,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, FLAGS, command.KEPT_PAGES)
+    command.run(main, FLAGS, command.KEPT_PAGES, fields=base.get_distillation_config)

@@ -1,6 +1,6 @@
 """What samples and models were made with, in a record beside them: no later command's fields are told as theirs.
 
-    DIR/<model>/made.json             of a finished model
+    DIR/<model>/checkpoints/<step>/record       of a model, `made`: written with its weights or not at all
     DIR/samples.made.json, DIR/verified.made.json, DIR/evaluation/<model>.made.json       of the file of that name
 
 A record is `{field of the config: value}` of the fields that the thing was made by; one of samples has `weights` and
@@ -18,6 +18,7 @@ from absl import logging
 
 from research.errors import RequestError
 from research.files import write_whole
+from research.training.checkpoint import Checkpoints
 from research.tree import paths
 
 USED = {  # by what is made: fields, or groups of them, that decide it, besides those of EVERYWHERE
@@ -29,6 +30,7 @@ USED = {  # by what is made: fields, or groups of them, that decide it, besides 
     "on_policy": ("student.", "tuning.", "reinforcement.", "on_policy.", "sampling.checkpoint"),
     "evaluation": ("evaluation.", "checker_timeout"),
 }
+NOTE = "made"  # the name of a model's record in that of its checkpoints
 EVERYWHERE = ("seed", "template", "task.")
 UNUSED = {  # of those groups: the steps of other models
     "teacher": ("reinforcement.student_steps", "teacher.training.steps"), "base": ("student.training.steps",),
@@ -46,18 +48,22 @@ def fields_of(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
             if field.startswith((*EVERYWHERE, *USED[name])) and field not in UNUSED.get(name, ())}
 
 
-def path_of(made: Path) -> Path:
-    """Where the record of a model's folder or of a file is."""
-    return made / "made.json" if made.is_dir() else made.with_suffix(".made.json")
+def path_of(file: Path) -> Path:
+    """Where the record of a file is."""
+    return file.with_suffix(".made.json")
 
 
-def write(made: Path, record: Mapping[str, Any]) -> None:
-    """Puts the record of a folder or file beside it."""
-    write_whole(path_of(made), json.dumps(record, indent=1) + "\n")
+def write(file: Path, record: Mapping[str, Any]) -> None:
+    """Puts the record of a file beside it."""
+    write_whole(path_of(file), json.dumps(record, indent=1) + "\n")
 
 
 def read(made: Path) -> dict[str, Any]:
-    """The record of a folder or file; empty where there is none."""
+    """The record of a file, or of a model's folder by its newest intact checkpoint; empty where there is none."""
+    if made.is_dir():
+        checkpoints = Checkpoints(made / "checkpoints", 1, 0)
+        step = checkpoints.newest_intact()
+        return {} if step is None else checkpoints.record(step).get(NOTE, {})
     try:
         return dict(json.loads(path_of(made).read_bytes()))
     except (OSError, ValueError, TypeError):

@@ -43,11 +43,8 @@ class Verified:
 def verify(samples: Sequence[Sample], problems: Sequence[Problem], checker: Checker, limits: Limits) -> Verified:
     """Checks every sample. The first samples of a problem are those that are kept when there are too many.
 
-    Raises RequestError for a limit out of its range, and a sample of an unknown problem.
+    Raises RequestError for a sample of an unknown problem.
     """
-    for name, value in dataclasses.asdict(limits).items():
-        if value < (0 if name == "foreign_share" else 1):
-            raise RequestError.field(f"rejection.{name}", value, "is too small")
     known = {problem.digest.hex(): problem for problem in problems}
     kept, counts = [], {"given": len(samples)} | dict.fromkeys(REASONS, 0)
     verdicts: dict[str, list[bool]] = {}

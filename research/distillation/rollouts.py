@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -94,7 +95,7 @@ class Rollouts:
         pieces = self.config.minibatches
         number, update = divmod(step - 1, pieces * self.config.epochs)
         if update == 0 or self._drawn is None:
-            self._drawn = self._draw(number, {"params": state["params"], "routing": state["routing"]})
+            self._drawn = self._draw(number, _on_one(state["params"], state["routing"]))
         rows = len(self._drawn["tokens_BT"]) // pieces
         start = update % pieces * rows
         return {name: array[start:start + rows] for name, array in self._drawn.items()}
@@ -142,8 +143,7 @@ class Rollouts:
         """Greedy answers to held-out problems, as `training.evaluation.evaluate` is called: {`loss`: the share that is
         wrong, `accuracy`, `tokens`: of a response}. batches: of `evaluation.batch_size` problems, None: all."""
         size = settings.evaluation.batch_size
-        self.decoder.take({"params": state["params"] if state["ema"] is None else state["ema"],
-                           "routing": state["routing"]})
+        self.decoder.take(_on_one(state["params"] if state["ema"] is None else state["ema"], state["routing"]))
         right, tokens = [], []
         for start in range(0, len(self.held_out), size)[:batches]:
             problems = self.held_out[start:start + size]
@@ -166,6 +166,11 @@ def settings_of(model: Any, reinforcement: Any, steps: int, start: str, **optimi
     for group in ("checkpoint", "evaluation"):  # never between two updates of a batch
         c[group].every_steps = -(-c[group].every_steps // updates) * updates
     return config.check(c)
+
+
+def _on_one(params, routing) -> dict:
+    """A policy on the first device, which draws and scores: neither knows of a mesh that it may be trained on."""
+    return jax.device_put({"params": params, "routing": routing}, jax.local_devices()[0])
 
 
 def told(batch: Batch) -> dict:

@@ -54,16 +54,11 @@ def sample(path: Path, problems: Sequence[Problem], decoder: Decoder, tokenizer,
     A line is whole or absent, and on the disk when its batch is done. Killed and called again, with the same
     arguments, it leaves what it would have left: a batch depends on the plan and on its place alone. Returns what was
     done now: {`samples`, `tokens`, `seconds`, `tokens_per_second`, `drafted`, `accepted`}, the seconds without
-    compilation, the drafts with those beyond the end of a text. Raises RequestError for a plan or a problem that the
-    model cannot take, and for a file with other problems' samples, or of another record.
+    compilation, the drafts with those beyond the end of a text. Raises RequestError for a problem that the model
+    cannot take, and for a file with other problems' samples, or of another record.
     """
     if not problems:
         raise RequestError("there is no problem to sample")
-    for name in ("samples", "batch_size", "max_tokens"):
-        if getattr(plan, name) < 1:
-            raise RequestError.field(f"sampling.{name}", getattr(plan, name), "must be at least 1")
-    if wrong := plan.sampling.problem():
-        raise RequestError(f"config.sampling.{wrong}")
     wanted = [(problem, number) for problem in problems for number in range(plan.samples)]
     prompts = {problem.digest: [*first, *tokenizer.encode(template.prompt(problem.question)).tolist()]
                for problem in problems}

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass
 
@@ -25,9 +26,11 @@ AT_LEAST = {
     0: ("seed", "sampling.seed", "evaluation.seed", "cold_start.problems", "cold_start.student_steps",
         "reinforcement.teacher_steps", "reinforcement.student_steps", "reinforcement.kl_weight", "reinforcement.clip",
         "reinforcement.reference_every", "reinforcement.draft_tokens", "sampling.problems", "sampling.draft_tokens",
-        "evaluation.problems", "task.count"),
+        "sampling.temperature", "rejection.foreign_share", "evaluation.problems", "evaluation.temperature",
+        "task.count"),
     1: ("reinforcement.questions", "reinforcement.minibatches", "reinforcement.epochs", "reinforcement.max_tokens",
         "sampling.samples", "sampling.batch_size", "sampling.max_tokens", "logits.top_k", "on_policy.steps",
+        "rejection.max_tokens", "rejection.repeated_words", "rejection.repeated_times", "rejection.per_problem",
         "evaluation.samples", "evaluation.batch_size", "evaluation.max_tokens"),
     2: ("reinforcement.group_size",),
 }
@@ -74,12 +77,14 @@ def complete(chosen: ConfigDict) -> ConfigDict:
     R1's: its template, no cold start, a user's problems, responses as long as a row; pass@1 at temperature 0.6 and
     top-p 0.95 (v1 §3), which sampling has too; reinforcement as of Qwen2.5-32B-Zero (v2 B.4). Its 600k and 200k samples
     are what `task.files` and `tuning.files` hold. It gives neither how many samples of a problem were drawn or kept,
-    nor at which temperature, nor this model's clip: those are experiments/base.py's.
+    nor at which temperature, nor this model's clip: those are experiments/base.py's. Ours: at least half of a model's
+    positions are left for the prompt. Raises RequestError for what is no config of a model.
     """
     if "student" in chosen:
         return chosen
+    given = flatten(config.checked_fields(chosen, base.get_config()))
+    length = min(given["data.sequence_length"], given["model.max_position_embeddings"] // 2)  # R1: 32,768
     whole = base.get_distillation_config()
-    length = chosen.data.sequence_length  # R1: 32,768
     whole.template, whole.cold_start.problems = "deepseek", 0
     whole.task.update(dict(source="files", count=0))
     for group in (whole.sampling, whole.rejection, whole.evaluation, whole.reinforcement):
@@ -87,7 +92,7 @@ def complete(chosen: ConfigDict) -> ConfigDict:
     whole.reinforcement.update(dict(  # 8,192 samples of 512 questions, in updates of 512; 400 updates: 25 batches
         student_steps=10000, learning_rate=2e-6, questions=512, group_size=16, minibatches=16, reference_every=25))
     whole.student.update_from_flattened_dict({
-        name: value for name, value in flatten(chosen.to_dict()).items() if name != "training.seed"})
+        name: value for name, value in given.items() if name != "training.seed"})
     return whole
 
 
@@ -109,6 +114,9 @@ def check(chosen: ConfigDict) -> Settings:
     for name in ("reinforcement.warmup_fraction", "task.test_fraction", "on_policy.student_data_fraction"):
         if not 0 <= given[name] <= 1:
             raise RequestError.field(name, given[name], "must be between 0 and 1")
+    for name in ("sampling.top_p", "evaluation.top_p"):
+        if not 0 < given[name] <= 1:
+            raise RequestError.field(name, given[name], "must be above 0 and at most 1")
     for name in ("logits.beta", "on_policy.beta"):
         if not 0 < given[name] < 1:
             raise RequestError.field(name, given[name], "must be above 0 and below 1")
@@ -128,9 +136,9 @@ def _model(groups: dict, name: str) -> config.Settings:
         if found.training.batch_ramp_start:
             raise RequestError.field("training.batch_ramp_start", found.training.batch_ramp_start,
                                      "must be 0: batches of examples do not grow")
-        for axis, size in found.mesh.items():
-            if size != 1:
-                raise RequestError.field(f"mesh.{axis}", size, "must be 1: distillation runs on one device")
+        if found.mesh.pipeline > 1:
+            raise RequestError.field("mesh.pipeline", found.mesh.pipeline, "must be 1: no loss of distillation's is "
+                                     "computed in stages")
     return found
 
 
@@ -152,9 +160,11 @@ def _check_rows(given: dict) -> None:
                                  "config.reinforcement.questions times group_size")
     for name in ("teacher", "student"):
         parts = given[f"{name}.training.accumulation_steps"]
-        if rows // pieces % parts:
+        shards = math.prod(given[f"{name}.mesh.{axis}"] for axis in ("data", "fsdp", "expert"))
+        if rows // pieces % (parts * shards):
+            over = "" if shards == 1 else f"with {shards} = mesh.data * mesh.fsdp * mesh.expert "
             raise RequestError.field(f"{name}.training.accumulation_steps", parts,
-                                     f"does not divide the {rows // pieces} samples of an update of "
+                                     f"{over}does not divide the {rows // pieces} samples of an update of "
                                      "config.reinforcement")
 
 

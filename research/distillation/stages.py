@@ -14,31 +14,27 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
-from functools import cached_property, partial
 from pathlib import Path
 
+import jax
 from absl import logging
 
-from research import config, environment
-from research.command import Stopped
-from research.data.sources import Document
-from research.data.tokenizer import Tokenizer, build
+from research import environment
+from research.data.tokenizer import Tokenizer
 from research.decoding.generate import Decoder
 from research.decoding.sampling import Sampling
-from research.distillation import evaluate, imitate, made, on_policy, reinforce, rejection, rollouts, tasks
-from research.distillation.finetune import Examples
+from research.distillation import evaluate, made, rejection
 from research.distillation.sample import Plan, drafting, read, sample
 from research.distillation.settings import DRAWING, Settings, named
 from research.distillation.tasks import Problem
+from research.distillation.trainer import Trainer
 from research.distillation.verify import Checker
 from research.errors import RequestError
 from research.experiment import flatten
 from research.files import write_whole
 from research.interop.weights import checked_weights, read_settings
-from research.training import loop
+from research.parallel.mesh import check_devices
 from research.training.checkpoint import Checkpoints
-from research.training.metrics import read_lines
-from research.training.step import loss_of
 from research.training.workdir import owned
 
 
@@ -71,26 +67,13 @@ class Pipeline:
 
     def __init__(self, settings: Settings, workdir: Path, checker: Checker):
         self.settings, self.workdir, self.checker = settings, workdir, checker
+        self.trainer = Trainer(settings, workdir, checker)
         self._decoders: dict = {}  # by model: what is compiled for one serves all of its shape
-
-    @cached_property
-    def problems(self) -> tuple[list[Problem], list[Problem]]:
-        """Of training and of the test."""
-        return tasks.train_and_test(self.settings.task)
-
-    @property
-    def training(self) -> list[Problem]:
-        """The problems of training, of which there is one at least."""
-        if not self.problems[0]:
-            raise RequestError.field("task.files", self.settings.task.files, "holds no problem that is not a test's" if
-                                     self.settings.task.files else "names no problems to learn from: with those of a "
-                                     "test alone, only --stage=evaluate is meant")
-        return self.problems[0]
 
     def check(self, stages: Sequence[str]) -> None:
         """RequestError for what the first stage lacks, and what the config cannot mean."""
         s = self.settings
-        if "teacher" in stages:
+        if "teacher" in stages and self.trainer.training:
             self._starts("teacher", s.reinforcement.teacher_steps)
         if "student" in stages and s.method in DRAWING:
             self._starts("student", s.reinforcement.student_steps)
@@ -101,52 +84,56 @@ class Pipeline:
             "on_policy": [(verified, "verify")] if s.on_policy.student_data_fraction < 1 else []}.get(s.method, [])
         scores = s.method in ("logits", "on_policy")  # the teacher is read, not only what it has said
         if scores and not s.sampling.checkpoint:
-            student.append((self._sampled, "teacher"))
-        needs = {"sample": [] if s.sampling.checkpoint else [(self.teacher_folder / "checkpoints", "teacher")],
+            student.append((self.trainer.sampled, "teacher"))
+        needs = {"sample": [] if s.sampling.checkpoint else [(self.trainer.teacher_folder / "checkpoints", "teacher")],
                  "verify": [(samples, "sample")], "student": student}
         for path, stage in needs.get(stages[0], []):
             if not path.exists():
                 raise RequestError(f"--stage={stages[0]} needs {path}, which --stage={stage} writes")
-        for name, is_read in (("sampling", "sample" in stages or ("student" in stages and scores)),
-                              ("evaluation", "evaluate" in stages)):
-            checkpoint = getattr(s, name).checkpoint
-            if is_read and checkpoint and not Path(checkpoint).expanduser().is_dir():
-                raise RequestError.field(f"{name}.checkpoint", checkpoint, "is not a directory")
-        self._check_drafts(stages)
+        for name, is_read in (("sampling.checkpoint", "sample" in stages or ("student" in stages and scores)),
+                              ("evaluation.checkpoint", "evaluate" in stages),
+                              ("teacher.checkpoint.initialize_from", "teacher" in stages),
+                              ("student.checkpoint.initialize_from", "student" in stages)):
+            if is_read and s.fields[name]:
+                _check_folder(name, s.fields[name])
+        if "student" in stages and s.tuning.files and not self.trainer.pairs:
+            raise RequestError.field("tuning.files", s.tuning.files, "holds nothing to learn from")
+        for name in ("teacher", "student"):
+            if name in stages:
+                with named(name):
+                    check_devices(getattr(s, name), jax.devices())
+        self._check_decoding(stages)
         if stages[0] == "evaluate" and not self._evaluated_folders:
             raise RequestError(f"--stage=evaluate needs a model: {self.workdir} has none, and "
                                "config.evaluation.checkpoint names none")
 
     def teacher(self) -> str:
         """Fine-tunes the teacher on worked solutions, and reinforces it."""
-        s = self.settings
-        start = self._cold_start("teacher", "cold_start", s.teacher.training.steps)
-        if s.reinforcement.teacher_steps:
-            self._reinforce("teacher", "teacher", s.reinforcement.teacher_steps, start)
-        return f"teacher: {self.teacher_folder}"
+        self.trainer.teacher()
+        return f"teacher: {self.trainer.teacher_folder}"
 
     def sample(self) -> str:
         """Several responses of the teacher to each training problem, in DIR/samples.jsonl."""
         s, path = self.settings.sampling, self.workdir / "samples.jsonl"
-        _, decoder, tokenizer, whose = self._model_in(self._sampled)
+        _, decoder, tokenizer, whose = self._model_in(self.trainer.sampled)
         plan = Plan(s.samples, s.batch_size, s.max_tokens, Sampling(s.temperature, top_p=s.top_p), s.seed,
                     s.draft_tokens)
-        found = sample(path, self._asked, decoder, tokenizer, tokenizer.start_ids, self.settings.template, plan,
-                       self._record("samples") | whose)
+        found = sample(path, self.trainer.asked, decoder, tokenizer, tokenizer.start_ids, self.settings.template, plan,
+                       self.trainer.record("samples") | whose)
         said = "all were there" if not found["samples"] else (
             f"{found['samples']:,} now, {found['tokens']:,} tokens, {found['tokens_per_second']:,.0f} tokens/s"
             + drafting(found))
         if found["samples"]:
-            _add(self.workdir / "sampling.json", found | {"from": str(self._sampled)})
-        return f"samples: {path}: {len(self._asked) * s.samples:,}, of which {said}"
+            _add(self.workdir / "sampling.json", found | {"from": str(self.trainer.sampled)})
+        return f"samples: {path}: {len(self.trainer.asked) * s.samples:,}, of which {said}"
 
     def verify(self) -> str:
         """What of the samples is right, and fit to be taught, in DIR/verified.jsonl."""
         samples = read(self.workdir / "samples.jsonl")
-        problems, failed = self.problems[0], dict(self.checker.failures)
+        problems, failed = self.trainer.problems[0], dict(self.checker.failures)
         found = rejection.verify(samples, problems, self.checker, self.settings.rejection)
         rejection.write(self.workdir / "verified.jsonl", found, problems)
-        made.write(self.workdir / "verified.jsonl", self._record("verified"))
+        made.write(self.workdir / "verified.jsonl", self.trainer.record("verified"))
         failures = {name: count - failed.get(name, 0) for name, count in self.checker.failures.items()}
         write_whole(self.workdir / "verification.json", json.dumps(
             {"counts": found.counts, "checker_failures": failures, "pass_rate": found.pass_rate}, indent=1) + "\n")
@@ -155,37 +142,16 @@ class Pipeline:
 
     def student(self) -> str:
         """The student, by what `method` says."""
-        s = self.settings
-        start = self._cold_start("student", "base", s.cold_start.student_steps)
-        if s.method == "reinforced":
-            self._reinforce("student", s.method, s.reinforcement.student_steps, start)
-        elif s.method == "on_policy":
-            self._distil_on_policy(start)
-        else:
-            self._tune("student", s.method, s.student.training.steps, start, self._pairs())
-        return f"student: {self.workdir / s.method}"
+        self.trainer.student()
+        return f"student: {self.workdir / self.settings.method}"
 
     def evaluate(self) -> str:
         """Every model of DIR on the test's problems, and DIR/report.md."""
         s = self.settings
-        problems = self.problems[1][:s.evaluation.problems or None]
+        problems = self.trainer.problems[1][:s.evaluation.problems or None]
         found = {name: self._evaluated(folder, name, problems) for name, folder in self._evaluated_folders.items()}
         evaluate.write(self.workdir, s, found, len(problems))
         return f"{evaluate.table(found, s.evaluation)}\n\nreport: {self.workdir / 'report.md'}"
-
-    @property
-    def teacher_folder(self) -> Path:
-        """Where the finished teacher is."""
-        s = self.settings
-        if s.reinforcement.teacher_steps:
-            return self.workdir / "teacher"
-        return self.workdir / "cold_start" if s.cold_start.problems else (
-            Path(s.teacher.checkpoint.initialize_from).expanduser())
-
-    @property
-    def _sampled(self) -> Path:
-        checkpoint = self.settings.sampling.checkpoint
-        return Path(checkpoint).expanduser() if checkpoint else self.teacher_folder
 
     @property
     def _evaluated_folders(self) -> dict[str, Path]:
@@ -195,21 +161,26 @@ class Pipeline:
             return {folder.name: folder}
         return {name: self.workdir / name for name in evaluate.NAMES if (self.workdir / name / "checkpoints").is_dir()}
 
-    @property
-    def _asked(self) -> list[Problem]:
-        return self.training[:self.settings.sampling.problems or None]
-
-    def _check_drafts(self, stages: Sequence[str]) -> None:
-        """RequestError where a model is to draft that has no module to do so."""
+    def _check_decoding(self, stages: Sequence[str]) -> None:
+        """RequestError where a model is to say more than it has positions for, or to draft without a module for it."""
         s, asked = self.settings, []
         if "teacher" in stages and s.reinforcement.teacher_steps:
             asked.append(("reinforcement", "teacher", s.teacher))
         if "student" in stages and s.method in DRAWING:
             asked.append(("reinforcement", "student", s.student))
-        if "sample" in stages and s.sampling.draft_tokens:
-            asked.append(("sampling", "teacher", read_settings(self._sampled) if s.sampling.checkpoint else s.teacher))
+        if "sample" in stages:
+            made_now = "teacher" in stages and not s.sampling.checkpoint
+            asked.append(("sampling", "teacher", s.teacher if made_now else read_settings(self.trainer.sampled)))
+        if "evaluate" in stages and s.evaluation.checkpoint:
+            asked.append(("evaluation", "checkpoint", read_settings(Path(s.evaluation.checkpoint).expanduser())))
+        elif "evaluate" in stages:
+            asked += [("evaluation", name, getattr(s, name)) for name in ("teacher", "student") if name in stages]
         for group, name, model in asked:
-            drafts = getattr(s, group).draft_tokens
+            tokens, positions = getattr(s, group).max_tokens, model.model.max_position_embeddings
+            if tokens >= positions:
+                raise RequestError.field(f"{group}.max_tokens", tokens, "leaves no room for a prompt: the "
+                                         f"{name} has max_position_embeddings={positions}")
+            drafts = group != "evaluation" and getattr(s, group).draft_tokens
             if drafts and not model.mtp.num_nextn_predict_layers:
                 raise RequestError.field(f"{group}.draft_tokens", drafts, f"must be 0: the {name} has no multi-token "
                                          "module to draft with (mtp.num_nextn_predict_layers=0)")
@@ -226,144 +197,6 @@ class Pipeline:
         if name == "teacher" and not (shown or steps):
             raise RequestError.field("reinforcement.teacher_steps", 0, "and no cold start leave nothing to do: "
                                      "config.sampling.checkpoint names a teacher that is finished")
-
-    def _cold_start(self, name: str, folder: str, steps: int) -> str:
-        """The model after the worked solutions, in DIR/folder; where there is none, what it is to start from."""
-        s = self.settings
-        if not (s.cold_start.problems and steps):
-            return getattr(s, name).checkpoint.initialize_from
-        solved = [problem for problem in self.training if problem.solution][:s.cold_start.problems]
-        if not solved:
-            raise RequestError.field("cold_start.problems", s.cold_start.problems, "shows worked solutions, which "
-                                     f"config.task.source={s.task.source!r} has none of: set it to 0")
-        self._tune(name, folder, steps, getattr(s, name).checkpoint.initialize_from, self._worked(solved))
-        return str(self.workdir / folder)
-
-    def _worked(self, problems: Sequence[Problem]) -> list[tuple[str, str]]:
-        template = self.settings.template
-        return [(template.prompt(p.question), template.response(p.solution, p.answer)) for p in problems]
-
-    def _pairs(self) -> list[tuple[str, str]]:
-        """(prompt, response) that the student's method is to learn from."""
-        s, template = self.settings, self.settings.template
-        if s.tuning.files:
-            keys = {"tuning.question_field": s.tuning.question_field,
-                    "tuning.response_field": s.tuning.response_field}
-            rows = tasks.read_rows("tuning.files", s.tuning.files, keys)
-            if not rows:
-                raise RequestError.field("tuning.files", s.tuning.files, "holds nothing to learn from")
-            return [(template.prompt(row["question_field"]), row["response_field"]) for _, row in rows]
-        if s.method == "reference":
-            return [(template.prompt(p.question), template.response("", p.answer)) for p in self._asked]
-        if s.method == "unverified":
-            questions = {p.digest.hex(): p.question for p in self.problems[0]}
-            samples = read(self.workdir / "samples.jsonl")
-            return [(template.prompt(questions[x.problem]), x.text) for x in samples if x.problem in questions]
-        kept = rejection.read(self.workdir / "verified.jsonl")
-        return [(template.prompt(question), response) for question, response in kept]
-
-    def _tune(self, name: str, folder: str, steps: int, start: str, pairs: Sequence[tuple[str, str]]) -> None:
-        """Fine-tunes a model on pairs, from the weights in `start` or from none, in DIR/folder."""
-        if self._done(folder, steps):
-            return
-        changed = getattr(self.settings, name).to_config()
-        changed.training.steps, changed.checkpoint.initialize_from = steps, start
-        with named(name):
-            settings, loss = config.check(changed), loss_of
-            examples = Examples(pairs, self._tokenizer(settings, start), settings)
-            if folder == "logits":
-                loss = partial(imitate.imitation_loss, logits=self.settings.logits)
-                examples.kept = self._teacher_logits(examples, settings)
-            self._train(settings, folder, corpus=examples, loss=loss)
-
-    def _reinforce(self, name: str, folder: str, steps: int, start: str) -> None:
-        """Reinforces a model from the weights in `start`, in DIR/folder."""
-        if self._done(folder, steps):
-            return
-        r = self.settings.reinforcement
-        with named(name):
-            settings = reinforce.settings_of(getattr(self.settings, name), r, steps, start)
-            rewards = reinforce.Rewards(r, settings, self.workdir / folder / "references")
-            self._learn(folder, self._rollouts(settings, start, rewards),
-                        partial(reinforce.policy_loss, reinforcement=r))
-
-    def _distil_on_policy(self, start: str) -> None:
-        """Trains the student on what it says itself, and on fixed samples where the config wants these, from the
-        weights in `start`, in DIR/on_policy."""
-        s, make = self.settings, rollouts.Rollouts
-        if self._done("on_policy", s.on_policy.steps):
-            return
-        if s.on_policy.student_data_fraction < 1:
-            make = partial(on_policy.Mixture, fraction=s.on_policy.student_data_fraction, pairs=self._pairs(),
-                           rows=s.student.training.batch_size)
-        with named("student"):
-            settings = rollouts.settings_of(s.student, s.reinforcement, s.on_policy.steps, start,
-                                            learning_rate=s.on_policy.learning_rate)
-            theirs, model, variables = self._teacher_of(self._tokenizer(settings, start), settings)
-            teacher = on_policy.Teacher(model, theirs, variables, s.reinforcement.minibatches)
-            drawn = self._rollouts(settings, start, teacher, make)
-            drawn.check(model, 0, "for the teacher, ")
-            self._learn("on_policy", drawn, partial(
-                on_policy.on_policy_loss, on_policy=s.on_policy, reinforcement=s.reinforcement,
-                teacher_flops=teacher.flops_per_token))
-
-    def _rollouts(self, settings, start: str, scoring: rollouts.Scoring, make=rollouts.Rollouts) -> rollouts.Rollouts:
-        return make(self.training, self._tokenizer(settings, start), self.settings.template, self.checker,
-                    self.settings.reinforcement, settings, scoring)
-
-    def _learn(self, folder: str, drawn: rollouts.Rollouts, loss) -> None:
-        self._train(drawn.settings, folder, corpus=drawn, evaluate=drawn.evaluate, loss=loss)
-
-    def _train(self, settings, folder: str, **how) -> None:
-        try:
-            loop.train(settings, self.workdir / folder, **how)
-        except Stopped:  # at its last step it may be: then nothing is left to train
-            made.write(self.workdir / folder, self._record(folder))
-            raise
-        made.write(self.workdir / folder, self._record(folder))
-
-    def _record(self, name: str) -> dict:
-        return made.fields_of(self.settings.fields, name)
-
-    def _teacher_of(self, tokenizer: Tokenizer, settings):
-        """(settings, model, variables) of the teacher of a student with this tokenizer and these settings; RequestError
-        where its distributions are not over the student's tokens."""
-        method = self.settings.method
-        theirs, model, variables = checked_weights(self._sampled)
-        if Tokenizer.load(self._sampled).hash != tokenizer.hash:
-            raise RequestError.field("method", method, "needs one tokenizer for both models: a distribution over the "
-                                     f"tokens of {self._sampled} says nothing of the student's; the method 'distilled' "
-                                     "learns from texts")
-        if theirs.model.vocab_size != settings.with_vocabulary(tokenizer.vocab_size).model.vocab_size:
-            raise RequestError.field("method", method, "needs config.student.model.vocab_size="
-                                     f"{theirs.model.vocab_size}, the teacher's")
-        return dataclasses.replace(theirs, data=settings.data), model, variables  # rows are as long as the student's
-
-    def _teacher_logits(self, examples: Examples, settings) -> dict:
-        theirs, model, variables = self._teacher_of(examples.tokenizer, settings)
-        step = Checkpoints(self._sampled / "checkpoints", 1, 0).newest_intact()
-        return imitate.store(self.workdir / "logits_of_teacher", examples, model, theirs, variables,
-                             self.settings.logits, settings.training.batch_size, f"{self._sampled} {step}")
-
-    def _tokenizer(self, settings, start: str) -> Tokenizer:
-        """That of the weights to start from, else the config's; a BPE learns from the examples of the cold start."""
-        if start:
-            return Tokenizer.load(Path(start).expanduser())
-        if settings.data.tokenizer != "bpe":
-            return build(settings.data, ())
-        problems = self.training[:max(self.settings.cold_start.problems, 500)]
-        return build(settings.data, [Document(p.name, prompt + response)
-                                     for p, (prompt, response) in zip(problems, self._worked(problems), strict=True)])
-
-    def _done(self, folder: str, steps: int) -> bool:
-        """Whether a run stands at its last step, evaluated."""
-        path = self.workdir / folder
-        evaluated = [line["step"] for line in read_lines(path / "metrics.jsonl") if line["split"] == "validation"]
-        if steps not in evaluated or Checkpoints(path / "checkpoints", 1, 0).newest_intact() != steps:
-            return False
-        logging.info("%s: all %d steps are done", path, steps)
-        made.kept(path, self.settings.fields)
-        return True
 
     def _model_in(self, folder: Path):
         """(settings, Decoder, tokenizer, whose weights: for a record) of a workdir or a Hugging Face folder."""
@@ -388,7 +221,7 @@ class Pipeline:
         found = {}
         for kind, one in plans.items():
             path, chosen = Path(f"{stem}.{kind}.jsonl"), one.sampling
-            record = self._record("evaluation") | whose | {
+            record = self.trainer.record("evaluation") | whose | {
                 "evaluation.samples": one.samples, "evaluation.temperature": chosen.temperature,
                 "evaluation.top_p": chosen.top_p}
             try:
@@ -397,6 +230,16 @@ class Pipeline:
                 raise RequestError(str(error).replace("config.sampling", "config.evaluation")) from None
             found[kind] = read(path)
         return evaluate.estimates(found, problems, self.checker) | evaluate.facts(folder, settings, step)
+
+
+def _check_folder(name: str, folder: str) -> None:
+    """RequestError where the field `name` names what is no checkpoint."""
+    if not Path(folder).expanduser().is_dir():
+        raise RequestError.field(name, folder, "is not a directory")
+    try:
+        read_settings(Path(folder).expanduser())
+    except RequestError as error:
+        raise RequestError.field(name, folder, f"cannot be used: {error}") from None
 
 
 def _add(path: Path, found: dict) -> None:

@@ -20,7 +20,7 @@ from research.errors import RequestError, nearest
 CHECKS = ("numeric", "latex")  # that a file's answers may have; reasoning-gym's bring their own
 _MARKER = "####"  # what stands before the final answer in GSM8K's solutions
 _ANNOTATION = re.compile(r"<<[^<>]*>>")  # and its calculator's notes inside them
-_MOST_TRIES = 50  # draws for each new problem: a space that is smaller is refused
+_MOST_TRIES = 50  # draws for each problem that is there, without a new one: then the space has no more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,16 +124,17 @@ def _arithmetic(task: Task) -> list[Problem]:
     ending = f" modulo {task.modulus}" if task.modulus else ""
     stream = np.random.Philox(key=[task.seed % 2**64, 0])
     found: dict[str, Problem] = {}
-    for _ in range(_MOST_TRIES * task.count):
-        if len(found) == task.count:
-            break
+    in_vain = 0
+    while len(found) < task.count and in_vain <= _MOST_TRIES * len(found):
         tree = _expression(lambda bound: int(stream.random_raw() % bound), task.operations, 10**task.digits)
         lines = [_written(tree)]
         while not isinstance(tree, int):
             tree = _reduced(tree, task.modulus)
             lines.append(_written(tree))
         question = f"Compute {lines[0]}{ending}."
+        in_vain += 1
         if question not in found:
+            in_vain = 0
             found[question] = Problem(question, lines[-1], "\n= ".join(lines), "numeric", f"arithmetic:{len(found)}")
     if len(found) < task.count:
         raise RequestError.field("task.count", task.count, f"is more than there are: {len(found)} different problems "
@@ -194,7 +195,9 @@ def _read(task: Task, field: str) -> list[Problem]:
     if task.check not in CHECKS:
         expected = f"is none of {', '.join(CHECKS)}{nearest(task.check, CHECKS)}"
         raise RequestError.field("task.check", task.check, expected)
-    keys = {f"task.{name}": getattr(task, name) for name in ("question_field", "answer_field", "solution_field")}
+    keys = {f"task.{name}": getattr(task, name) for name in ("question_field", "answer_field")}
+    if task.solution_field:
+        keys["task.solution_field"] = task.solution_field
     problems = [_problem(where, texts, task, field)
                 for where, texts in read_rows(f"task.{field}", getattr(task, field), keys)]
     if not problems:
@@ -208,7 +211,7 @@ def read_rows(name: str, patterns: str, keys: dict[str, str]) -> list[tuple[str,
     """(`path:line`, texts) of every JSON line of the files that match, in the order of names and lines.
 
     name: of the config's field that holds `patterns`, globs separated by commas. keys: {config field: key of the
-    lines}; a text stands under the last part of its config field, an empty key is left out. Raises RequestError.
+    lines}; a text stands under the last part of its config field. Raises RequestError.
     """
     paths = []
     for pattern in filter(None, map(str.strip, patterns.split(","))):
@@ -240,8 +243,6 @@ def _rows_of(path: str, field: str, patterns: str, keys: dict[str, str]) -> Iter
             raise refuse(f"{where} is not JSON ({getattr(error, 'msg', 'nested too deeply')})") from None
         texts = {}
         for name, key in keys.items():
-            if not key:
-                continue
             if not isinstance(row, dict) or key not in row:
                 raise refuse(f"{where} has no field {key!r} (config.{name})")
             value = row[key]

@@ -25,17 +25,23 @@ def make_mesh(settings, devices=None) -> Mesh | None:
     """
     sizes, devices = _sizes(settings), devices or jax.devices()
     needed = math.prod(sizes.values())
-    product = " * ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1) or "mesh.data=1"
     if hosts.several() and needed != len(devices):
-        raise RequestError(f"config.{product} takes {needed} device{'s' if needed > 1 else ''}: several processes use "
-                           f"all they have, {len(devices)} {devices[0].platform} devices")
+        raise RequestError(f"config.{_product(sizes)} takes {needed} device{'s' if needed > 1 else ''}: several "
+                           f"processes use all they have, {len(devices)} {devices[0].platform} devices")
     if needed == 1:
         return None
     _check(settings)
-    if needed > len(devices):
-        raise RequestError(f"config.{product} needs {needed} devices: {len(devices)} {devices[0].platform} "
-                           f"device{'s are' if len(devices) > 1 else ' is'} present")
+    check_devices(settings, devices)
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=TYPES, devices=devices[:needed])
+
+
+def check_devices(settings, devices) -> None:
+    """RequestError where the mesh takes more than these."""
+    sizes = _sizes(settings)
+    needed = math.prod(sizes.values())
+    if needed > len(devices):
+        raise RequestError(f"config.{_product(sizes)} needs {needed} devices: {len(devices)} {devices[0].platform} "
+                           f"device{'s are' if len(devices) > 1 else ' is'} present")
 
 
 def abstract_mesh(settings) -> AbstractMesh | None:
@@ -57,6 +63,10 @@ def compiler_options(mesh: Mesh | None) -> dict | None:
 def _sizes(settings) -> dict[str, int]:
     """{axis: its size}."""
     return {axis: settings.mesh[axis] for axis in AXES}
+
+
+def _product(sizes: dict[str, int]) -> str:
+    return " * ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1) or "mesh.data=1"
 
 
 def _check(settings) -> None:

@@ -175,8 +175,7 @@ class Checkpoints:
         `abstract_state` (of jax.eval_shape) gives the tree, the shapes and the dtypes, and where its leaves have
         one, the sharding. Raises RequestError, before any array is read, when they are not those of the checkpoint.
         """
-        path = self._intact(step)
-        record = json.loads((path / "record" / "metadata").read_text())
+        path, record = self._intact(step), self.record(step)
         if "weights_of" in record:
             raise RequestError(f"{path} holds weights alone: a run starts from them in a workdir of its own, with "
                                "--config.checkpoint.initialize_from")
@@ -184,6 +183,10 @@ class Checkpoints:
         if found:
             raise RequestError(f"{path} belongs to another model: {found}")
         return _read(path, abstract_state), record
+
+    def record(self, step: int) -> dict[str, Any]:
+        """What was saved with `step` besides its state."""
+        return json.loads((self._intact(step) / "record" / "metadata").read_text())
 
     def weights(self, step: int) -> dict[str, Any]:
         """What `restore_weights` gives, with a shape and a dtype at each leaf; no array is read."""

@@ -38,11 +38,12 @@ from research.training.workdir import owned, write_files
 
 
 def train(settings: config.Settings, workdir: Path, profile: bool = False, corpus=None, loss=loss_of,
-          evaluate: Callable | None = None) -> dict:
+          evaluate: Callable | None = None, note: dict | None = None) -> dict:
     """Trains from the workdir's newest intact checkpoint, or from the start, to `training.steps`; evaluates and saves.
 
     corpus: None is the config's text; anything else that has batches (finetune.Examples, rollouts.Rollouts) stands in
     for it. loss: as `step.loss_of`. evaluate: as `evaluation.evaluate`, whose `loss` says which checkpoint is best.
+    note: what goes into the record of every checkpoint besides.
     Returns the summary that is printed. Raises RequestError before anything is written, RunError for a run that
     failed on its way, Stopped after saving on Ctrl-C or SIGTERM. Of several processes each does all of this, and the
     first alone writes, but for the arrays of checkpoints.
@@ -51,7 +52,7 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
     settings = settings.with_vocabulary(corpus.tokenizer.vocab_size)
     steps, saving, evaluating = settings.training.steps, settings.checkpoint, settings.evaluation
     model = make_model(settings, make_mesh(settings))
-    step_function = make_train_step(model, settings, loss)
+    step_function, over = make_train_step(model, settings, loss), shardings_of(model, settings)
     corpus = shared_out(corpus, model, settings)
     checkpoints = Checkpoints(workdir / "checkpoints", saving.keep_last, saving.keep_best)
     step = 0  # the one that is at work
@@ -114,7 +115,8 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
                 log.sync()
                 copy = jax.tree.map(jnp.copy, state)  # the next step may reuse the state's own buffers at once
                 checkpoints.save(step, copy, {
-                    "data": batches.get_state() | {"step": step}, "tokens": tokens, "seconds": clock.seconds}, loss)
+                    "data": batches.get_state() | {"step": step}, "tokens": tokens, "seconds": clock.seconds}
+                    | (note or {}), loss)
 
         def evaluates():
             return step == steps or bool(evaluating.every_steps and step % evaluating.every_steps == 0)
@@ -140,6 +142,8 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
         for step in range(first, steps + 1):
             with clock.phase("data"):
                 batch = batches.take(state)
+                if over:  # what was computed for it, a teacher's logits say, lies on one device
+                    batch = jax.device_put(batch, over.batch)
             size, shapes = batch["tokens_BT"].size, tuple((name, batch[name].shape) for name in sorted(batch))
             if shapes not in compiled:
                 read_pending()

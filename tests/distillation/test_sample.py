@@ -139,8 +139,6 @@ def test_older_samples_without_a_record_go_on_with_a_warning(tmp_path, whole, ca
 
 
 @pytest.mark.parametrize(("changes", "problems", "message"), [
-    ({"samples": 0}, PROBLEMS, "config.sampling.samples=0 must be at least 1"),
-    ({"sampling": Sampling(0.8, top_p=2)}, PROBLEMS, "config.sampling.top_p=2 must be above 0"),
     ({"max_tokens": 50}, PROBLEMS, "config.sampling: prompt 1 .* more than max_position_embeddings=60"),
     ({"draft_tokens": 1}, PROBLEMS, "config.sampling: the checkpoint has no multi-token module to draft with"),
     ({}, [], "there is no problem"),

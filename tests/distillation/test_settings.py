@@ -1,8 +1,10 @@
 """The config of research.distill: every arm, what is refused and in which words, and derived fields."""
 
 import json
+import sys
 
 import pytest
+from ml_collections import ConfigDict
 
 from experiments import base
 from research import experiment
@@ -44,6 +46,12 @@ def test_one_seed_is_everybodys_until_they_have_their_own():
     assert {3} == {s.sampling.seed, s.evaluation.seed, s.teacher.training.seed, s.student.training.seed}
 
 
+def test_a_field_without_its_group_is_looked_for_among_this_commands(tmp_path):
+    told = runs.finish(runs.start([sys.executable, "-m", "research.distill", "--samples=3"], tmp_path))
+    assert told == (2, "", "error: --samples is not a flag (did you mean --config.evaluation.samples or "
+                    "--config.sampling.samples?)\n")
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ("method=distil", r"config\.method='distil' must be one of .* \(did you mean distilled\?\)"),
     ("template=none", r"config\.template='none' must be one of deepseek, plain"),
@@ -59,12 +67,20 @@ def test_one_seed_is_everybodys_until_they_have_their_own():
     ("seed=-1", r"config\.seed=-1 must be at least 0"),
     ("sampling.seed=-1", r"config\.sampling\.seed=-1 must be at least 0"),
     ("evaluation.seed=-1", r"config\.evaluation\.seed=-1 must be at least 0"),
+    ("sampling.samples=0", r"config\.sampling\.samples=0 must be at least 1"),
+    ("sampling.top_p=2", r"config\.sampling\.top_p=2\.0 must be above 0 and at most 1"),
+    ("evaluation.top_p=0", r"config\.evaluation\.top_p=0\.0 must be above 0 and at most 1"),
+    ("evaluation.temperature=-1", r"config\.evaluation\.temperature=-1\.0 must be at least 0"),
+    ("rejection.per_problem=0", r"config\.rejection\.per_problem=0 must be at least 1"),
+    ("rejection.foreign_share=-0.1", r"config\.rejection\.foreign_share=-0\.1 must be at least 0"),
     ("reinforcement.draft_tokens=-1", r"config\.reinforcement\.draft_tokens=-1 must be at least 0"),
     ("reinforcement.temperature=0", r"config\.reinforcement\.temperature=0\.0 must be above 0"),
     ("teacher.model.n_group=3", r"config\.teacher\.model\.n_group=3 does not divide config\.teacher\.model\.n_routed"),
     ("student.training.accumulation_steps=3", r"config\.student\.training\.accumulation_steps=3 does not divide"),
     ("student.training.batch_ramp_start=4", r"config\.student\.training\.batch_ramp_start=4 must be 0"),
-    ("teacher.mesh.data=2", r"config\.teacher\.mesh\.data=2 must be 1: distillation"),
+    ("teacher.mesh.pipeline=2", r"config\.teacher\.mesh\.pipeline=2 must be 1: no loss of distillation's"),
+    ("teacher.mesh.data=8 reinforcement.questions=1 reinforcement.group_size=4 teacher.training.batch_size=8",
+     r"config\.teacher\.training\.accumulation_steps=1 with 8 = mesh\.data .* does not divide the 4 samples"),
     ("on_policy.learning_rate=0", r"config\.on_policy\.learning_rate=0\.0 must be "),
     ("task.options=[1]", r"config\.task\.options='\[1\]' must be a JSON object"),
     ("task.test_fraction=2", r"config\.task\.test_fraction=2\.0 must be between 0 and 1"),
@@ -72,7 +88,7 @@ def test_one_seed_is_everybodys_until_they_have_their_own():
 ])
 def test_a_wrong_field_is_named(change, message):
     with pytest.raises(RequestError, match=message):
-        settings_of(change)
+        settings_of(*change.split(" "))
 
 
 def test_the_config_of_a_model_alone_is_a_students():
@@ -85,6 +101,11 @@ def test_the_config_of_a_model_alone_is_a_students():
     r = s.reinforcement
     assert (r.questions * r.group_size, r.minibatches * r.reference_every, r.learning_rate) == (8192, 400, 2e-6)
     assert complete(chosen) is chosen and s.cold_start.problems == 0 and "boxed" in s.template.directive
+    short = complete(experiment.load(str(runs.ROOT / "experiments/deepseek_v3.py")))  # rows as long as its positions
+    assert (short.student.model.max_position_embeddings, short.sampling.max_tokens) == (4096, 2048)
+    del (lacking := ConfigDict(base.get_config().to_dict()))["data"]
+    with pytest.raises(RequestError, match=r"config\.data\.\w+ is missing"):
+        complete(lacking)
 
 
 def test_a_reinforcement_is_never_saved_between_two_updates_of_a_batch():

@@ -97,6 +97,7 @@ def test_a_question_of_a_test_file_is_not_trained_on(tmp_path):
     (['{"question": "a"'], {}, r"a.jsonl:1 is not JSON"),
     ([{"question": "a", "answer": "1"}, {"question": "b"}], {},
      r"a.jsonl:2 has no field 'answer' \(config.task.answer_field\)"),
+    ([{"question": "a", "answer": "1"}], {"question_field": ""}, r"a.jsonl:1 has no field '' \(config.task.quest"),
     ([["question", "answer"]], {}, r"a.jsonl:1 has no field 'question'"),
     ([{"question": ["a"], "answer": "1"}], {}, r"a.jsonl:1 has a field 'question' that is not text"),
     ([{"question": "a", "answer": "so\n####  "}], {}, r"a.jsonl:1 has an empty answer"),

@@ -266,6 +266,44 @@ def evaluated() -> list[dict]:
     return found
 
 
+def reinforced(**sizes) -> list[dict]:
+    """Metrics of the updates of a policy, two of the first batch that it draws and one of the next; what has an even
+    sum is right."""
+    from functools import partial
+    from types import SimpleNamespace
+
+    import numpy as np
+
+    from research.data.tokenizer import Tokenizer, _bytes
+    from research.distillation import reinforce, rollouts
+    from research.distillation.tasks import Problem
+    from research.distillation.template import TEMPLATES
+    from research.distillation.verify import Checker
+    from research.model.build import make_model
+    from research.parallel.mesh import make_mesh
+    from research.training.step import init_state, make_train_step
+    from tests import tiny
+
+    config = SimpleNamespace(questions=4, group_size=4, minibatches=1, epochs=2, max_tokens=8, temperature=1.0,
+                             form="token", clip=0.2, kl_weight=0.1, reference_every=0, draft_tokens=0)
+    s = tiny.settings(tiny.DENSE | {"model.vocab_size": 320, "model.num_hidden_layers": 1, "training.batch_size": 16,
+                                    "training.ema_decay": 0.5, "data.validation_fraction": 0.1}
+                      | {f"mesh.{axis}": size for axis, size in sizes.items()})
+    _, variables = tiny.model(s)
+    rollouts.initial_variables = lambda *_: variables
+    problems = [Problem(f"{n}?", "", "", "numeric", "") for n in range(9)]
+    drawn = rollouts.Rollouts(problems, Tokenizer(_bytes()), TEMPLATES["plain"], Checker(1.0), config, s,
+                              reinforce.Rewards(config, s, None))
+    drawn._judged = lambda problem, row: (sum(row) % 2 == 0, True)
+    model, batches, found = make_model(s, make_mesh(s)), drawn.train_batches(s), []
+    state = init_state(model, s, variables)
+    step = make_train_step(model, s, partial(reinforce.policy_loss, reinforcement=config))
+    for _ in range(3):
+        state, metrics = step(state, batches.take(state))
+        found.append({name: np.asarray(value).tolist() for name, value in metrics.items()})
+    return found
+
+
 def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
     """`jax.lax.ragged_all_to_all`, which XLA:CPU lacks, by gathers; NaN where senders and receivers do not agree."""
     import jax
@@ -334,5 +372,6 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         json.dump({name: run(name) for name in MESHES} | {
             "restored": restored(Path(folder)), "placed": placed(Path(folder)), "ragged": ragged(),
-            "evaluated": evaluated(), "dispatched": dispatched(),
+            "evaluated": evaluated(), "reinforced": [reinforced(), reinforced(data=4, tensor=2)],
+            "dispatched": dispatched(),
             "in 8 bits": [in_8_bits("none"), in_8_bits("layer", data=2, fsdp=2, expert=2)]}, sys.stdout)

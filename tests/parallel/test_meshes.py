@@ -78,6 +78,15 @@ def test_the_state_after_several_steps_is_that_of_one_device(found, mesh):
             assert np.linalg.norm(actual - expected) <= 2e-3 * np.linalg.norm(expected), path
 
 
+def test_a_policy_that_draws_its_own_samples_learns_as_on_one_device(found):
+    one, other = found["reinforced"]
+    assert 0 < one[0]["accuracy"] < 1 and one[0]["grad_norm"] > 0 and one[2]["kl"] > 0  # the third update draws anew
+    for expected, actual in zip(one, other, strict=True):
+        assert expected.keys() == actual.keys()
+        for name in expected:
+            np.testing.assert_allclose(actual[name], expected[name], rtol=2e-4, atol=1e-6, err_msg=name)
+
+
 def test_products_in_8_bits_are_those_of_one_device(found):
     """But for values that sums in another order move to their neighbours; and the weights of routed experts, of whose
     tokens each device makes tiles of its own, to what E4M3 rounds."""

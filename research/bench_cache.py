@@ -54,7 +54,7 @@ def measure_cache(workdir: Path, number: int, prompt: int, new: int) -> dict:
     print(f"{workdir.name}: weights and products in float32, the cache as named; {number} held-out documents, the "
           f"{count:,} tokens after their first {prompt}; then greedy texts of up to {new} tokens")
     print("loss: nats a token; likeliest: positions with float32's likeliest token; texts: those that are float32's, "
-          "and how many of its tokens a text has before they part")
+          "and how many of its tokens a text has before they part, the equal ones all")
     print(f"{'cache':<8} {'bytes/token':>11} {'loss':>8} {'difference':>22} {'likeliest':>9} {'texts':>7} "
           f"{'tokens':>7}", flush=True)
     rows, of = [], {}

@@ -132,8 +132,8 @@ def parse_flags(argv: list[str], values: flags.FlagValues, fields: Callable | No
     """absl's parser, with every complaint as a RequestError of one line.
 
     `--config.model.hidden_size=64`, in any order with --config, becomes `--config.=model.hidden_size=64` for the
-    commands that have a flag of this name (see research/experiment.py). fields: the config that has those which a flag
-    may be meant for; None: a run's, of experiments/base.py.
+    commands that have a flag of this name (see research/experiment.py). fields: makes the config that has those which a
+    flag may be meant for; None: a run's, of experiments/base.py.
     """
     try:
         argv = values.read_flags_from_files(argv, force_gnu=False)

@@ -12,9 +12,9 @@ LEAST = 1e-6  # temperature and top_p in float32: logits over less overflow, and
 class Sampling:
     """How a token is chosen. Filters apply one after another, as they are listed, each to what the one before left.
 
-    temperature: 0 takes the likeliest token; what is less than LEAST is as LEAST. top_k: the k likeliest, 0: all.
-    top_p: the fewest likeliest tokens whose probabilities reach p. min_p: those at least so likely, relative to the
-    likeliest.
+    temperature: 0 takes the likeliest token. top_k: the k likeliest, 0: all. top_p: the fewest likeliest tokens whose
+    probabilities reach p. min_p: those at least so likely, relative to the likeliest. A temperature or top_p below
+    LEAST is as LEAST.
     """
 
     temperature: float = 0.0

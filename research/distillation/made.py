@@ -24,7 +24,7 @@ from research.tree import paths
 USED = {  # by what is made: fields, or groups of them, that decide it, besides those of EVERYWHERE
     "cold_start": ("teacher.", "cold_start.problems"), "teacher": ("teacher.", "reinforcement.", "checker_timeout"),
     "samples": ("sampling.",), "verified": ("rejection.", "checker_timeout"), "base": ("student.", "cold_start."),
-    "reference": ("student.", "sampling.problems"), "distilled": ("student.", "tuning."),
+    "reference": ("student.", "tuning.", "sampling.problems"), "distilled": ("student.", "tuning."),
     "unverified": ("student.", "tuning."), "logits": ("student.", "tuning.", "logits.", "sampling.checkpoint"),
     "reinforced": ("student.", "reinforcement.", "checker_timeout"),
     "on_policy": ("student.", "tuning.", "reinforcement.", "on_policy.", "sampling.checkpoint"),
@@ -59,12 +59,11 @@ def write(file: Path, record: Mapping[str, Any]) -> None:
 
 
 def read(made: Path) -> dict[str, Any]:
-    """The record of a file, or of a model's folder by its newest intact checkpoint; empty where there is none."""
-    if made.is_dir():
-        checkpoints = Checkpoints(made / "checkpoints", 1, 0)
-        step = checkpoints.newest_intact()
-        return {} if step is None else checkpoints.record(step).get(NOTE, {})
+    """The record of a file, or of a model's folder by its newest checkpoint; empty where there is none."""
     try:
+        if made.is_dir():
+            checkpoints = Checkpoints(made / "checkpoints", 1, 0)
+            return dict(checkpoints.record(max(checkpoints.list())).get(NOTE, {}))
         return dict(json.loads(path_of(made).read_bytes()))
     except (OSError, ValueError, TypeError):
         return {}
@@ -94,7 +93,7 @@ def continued(samples: Path, record: Mapping[str, Any]) -> None:
 def kept(made: Path, fields: Mapping[str, Any]) -> None:
     """Warns of each field by which a finished model was made otherwise than by these fields."""
     for name, value in read(made).items():
-        if fields.get(name, value) != value:
+        if fields.get(name, value) != value and ".mesh." not in name:  # on any mesh it is the same model
             logging.warning("%s is finished, with config.%s=%s and not %s: remove the folder to make it anew",
                             made, name, value, fields[name])
 

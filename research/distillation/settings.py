@@ -158,7 +158,8 @@ def _check_rows(given: dict) -> None:
     if rows % pieces:
         raise RequestError.field("reinforcement.minibatches", pieces, f"does not divide the {rows} samples of a batch, "
                                  "config.reinforcement.questions times group_size")
-    for name in ("teacher", "student"):
+    drawn = {"teacher": given["reinforcement.teacher_steps"] > 0, "student": given["method"] in DRAWING}
+    for name in (name for name, draws in drawn.items() if draws):
         parts = given[f"{name}.training.accumulation_steps"]
         shards = math.prod(given[f"{name}.mesh.{axis}"] for axis in ("data", "fsdp", "expert"))
         if rows // pieces % (parts * shards):

@@ -96,7 +96,8 @@ class Pipeline:
                               ("student.checkpoint.initialize_from", "student" in stages)):
             if is_read and s.fields[name]:
                 _check_folder(name, s.fields[name])
-        if "student" in stages and s.tuning.files and not self.trainer.pairs:
+        taught = s.method not in DRAWING or (s.method == "on_policy" and s.on_policy.student_data_fraction < 1)
+        if "student" in stages and taught and s.tuning.files and not self.trainer.pairs():
             raise RequestError.field("tuning.files", s.tuning.files, "holds nothing to learn from")
         for name in ("teacher", "student"):
             if name in stages:

@@ -5,6 +5,7 @@ import functools
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import unicodedata
@@ -20,7 +21,6 @@ from research.errors import RequestError, nearest
 CHECKS = ("numeric", "latex")  # that a file's answers may have; reasoning-gym's bring their own
 _MARKER = "####"  # what stands before the final answer in GSM8K's solutions
 _ANNOTATION = re.compile(r"<<[^<>]*>>")  # and its calculator's notes inside them
-_MOST_TRIES = 50  # draws for each problem that is there, without a new one: then the space has no more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,24 +121,23 @@ def _arithmetic(task: Task) -> list[Problem]:
             raise RequestError.field(f"task.{name}", value, "must be at least 1")
     if task.modulus == 1 or task.modulus < 0:
         raise RequestError.field("task.modulus", task.modulus, "must be at least 2, or 0 for results as they are")
+    n = task.operations
+    there_are = math.comb(2 * n, n) // (n + 1) * 3**n * 10 ** (task.digits * (n + 1))  # forms, operators, numbers
+    if task.count > there_are:
+        raise RequestError.field("task.count", task.count, f"is more than there are: {there_are} different problems of "
+                                 f"{n} operations on {task.digits} digits")
     ending = f" modulo {task.modulus}" if task.modulus else ""
     stream = np.random.Philox(key=[task.seed % 2**64, 0])
     found: dict[str, Problem] = {}
-    in_vain = 0
-    while len(found) < task.count and in_vain <= _MOST_TRIES * len(found):
-        tree = _expression(lambda bound: int(stream.random_raw() % bound), task.operations, 10**task.digits)
+    while len(found) < task.count:
+        tree = _expression(lambda bound: int(stream.random_raw() % bound), n, 10**task.digits)
         lines = [_written(tree)]
         while not isinstance(tree, int):
             tree = _reduced(tree, task.modulus)
             lines.append(_written(tree))
         question = f"Compute {lines[0]}{ending}."
-        in_vain += 1
         if question not in found:
-            in_vain = 0
             found[question] = Problem(question, lines[-1], "\n= ".join(lines), "numeric", f"arithmetic:{len(found)}")
-    if len(found) < task.count:
-        raise RequestError.field("task.count", task.count, f"is more than there are: {len(found)} different problems "
-                                 f"of {task.operations} operations on {task.digits} digits were found")
     return list(found.values())
 
 

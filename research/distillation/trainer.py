@@ -88,7 +88,7 @@ class Trainer:
         elif s.method == "on_policy":
             self._distil_on_policy(start)
         else:
-            self._tune("student", s.method, s.student.training.steps, start, self.pairs)
+            self._tune("student", s.method, s.student.training.steps, start, self.pairs())
 
     def _cold_start(self, name: str, folder: str, steps: int) -> str:
         """The model after the worked solutions, in DIR/folder; where there is none, what it is to start from."""
@@ -120,7 +120,7 @@ class Trainer:
         if self._done("on_policy", s.on_policy.steps):
             return
         if s.on_policy.student_data_fraction < 1:
-            make = partial(on_policy.Mixture, fraction=s.on_policy.student_data_fraction, pairs=self.pairs,
+            make = partial(on_policy.Mixture, fraction=s.on_policy.student_data_fraction, pairs=self.pairs(),
                            rows=s.student.training.batch_size)
         with named("student"):
             settings = rollouts.settings_of(s.student, s.reinforcement, s.on_policy.steps, start,
@@ -157,7 +157,6 @@ class Trainer:
     def _train(self, settings, folder: str, **how) -> None:
         loop.train(settings, self.workdir / folder, note={made.NOTE: self.record(folder)}, **how)
 
-    @cached_property
     def pairs(self) -> list[tuple[str, str]]:
         """(prompt, response) that the student's method is to learn from."""
         s, template = self.settings, self.settings.template

@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face folder as our variables: strict, one tensor at a time."""
+"""The tensors of a Hugging Face folder, or of a workdir made of one, as our variables: strict, in pieces of rows."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -192,6 +192,7 @@ class Stored:
             scales, aligned = self.tensors[place.name + SCALE].read(), blocks.BLOCK
             if not blocks.finite(scales):
                 infinite.append(place.name + SCALE)
+                return
         lowest, highest = min(each[0][0] for each, _ in parts), max(each[0][1] for each, _ in parts)
         finite = True
         for first, end in row_blocks(tensor.shape, tensor.dtype):

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.weight_only import Blocks
 from research import config
 from research.errors import RequestError
 from research.interop import blocks, huggingface, storage
@@ -26,7 +25,7 @@ from research.interop.variables import (
 from research.model.build import make_model, variable_shapes
 from research.parallel import hosts
 from research.parallel.rules import shardings
-from research.training.checkpoint import Checkpoints, differences, params_of, saved_tree
+from research.training.checkpoint import Checkpoints, differences, saved_tree, weights_of
 from research.tree import map_paths, paths
 
 
@@ -103,7 +102,7 @@ def _stored(folder: Path, settings, step: int | None) -> dict:
 
 def stored_dtypes(source: Path, saved: dict, arrays: dict[str, Array]) -> dict[str, str]:
     """{path: dtype} of a checkpoint's weights, checked to be the model's arrays, and the scales of those in FP8."""
-    weights = {"params": saved[params_of(saved)], "routing": saved["routing"]}
+    weights = weights_of(saved)
     scales = paths(saved.get("scales", {}))
     expected = {path: array.shape for path, array in arrays.items()}
     found = {path: tuple(leaf.shape) for path, leaf in paths(weights).items()}
@@ -161,8 +160,7 @@ def checked_weights(folder: Path, stored: bool = False):
         raise RequestError(f"{folder / 'config.json'}: config.model.vocab_size=None must be a whole number")
     model = make_model(settings)
     variables = {name: saved[name] for name in ("params", "routing")}
-    floats = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), variables,
-                          is_leaf=lambda x: isinstance(x, Blocks))
+    floats = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), variables)
     _, wrong = variables_of(floats, model, settings)
     if wrong:
         raise RequestError(f"{folder}: its checkpoint is not of the model in its config.json: {wrong}")

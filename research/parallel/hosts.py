@@ -167,11 +167,10 @@ def agree(values: dict[str, Any], needed: str) -> None:
     own = json.loads(json.dumps(values))
     first = from_first(lambda: own)
     names = [name for name in {**own, **first} if own.get(name) != first.get(name)]
-    wrong = (f"{names[0]}={own.get(names[0])} on process {_process} is {first.get(names[0])} on process 0"
-             if names else "")
-    told = [wrong for wrong in from_all(wrong) if wrong]
-    if told:
-        raise RequestError(f"{told[0]}: all processes need the same {needed}")
+    with refused_alike():
+        if names:
+            raise RequestError(f"{names[0]}={own.get(names[0])} on process {_process} is {first.get(names[0])} on "
+                               f"process 0: all processes need the same {needed}")
 
 
 @contextlib.contextmanager

@@ -31,14 +31,18 @@ def make_mesh(settings, devices=None) -> Mesh | None:
     if needed == 1:
         return None
     _check(settings)
+    _check_widths(settings)
     check_devices(settings, devices)
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=TYPES, devices=devices[:needed])
 
 
 def check_devices(settings, devices) -> None:
-    """RequestError where the mesh takes more than these."""
+    """RequestError where the mesh takes more than these, or its program cannot do what the config asks, whatever the
+    widths."""
     sizes = _sizes(settings)
     needed = math.prod(sizes.values())
+    if needed > 1:
+        _check(settings)
     if needed > len(devices):
         raise RequestError(f"config.{_product(sizes)} needs {needed} devices: {len(devices)} {devices[0].platform} "
                            f"device{'s are' if len(devices) > 1 else ' is'} present")
@@ -51,6 +55,7 @@ def abstract_mesh(settings) -> AbstractMesh | None:
     if math.prod(sizes.values()) == 1:
         return None
     _check(settings)
+    _check_widths(settings)
     return AbstractMesh(tuple(sizes.values()), AXES, axis_types=TYPES, abstract_device=H200)
 
 
@@ -84,4 +89,8 @@ def _check(settings) -> None:
     if rows % shards:
         raise RequestError.field("evaluation.batch_size", rows,
                                  f"must be a multiple of {shards} = mesh.data * mesh.fsdp * mesh.expert")
-    check_shapes(paths(variable_shapes(make_model(settings), settings)["params"]), sizes)
+
+
+def _check_widths(settings) -> None:
+    """RequestError where the mesh does not divide what it splits; the vocabulary is known."""
+    check_shapes(paths(variable_shapes(make_model(settings), settings)["params"]), _sizes(settings))

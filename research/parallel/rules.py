@@ -1,7 +1,7 @@
 """One table from the paths of parameters to mesh axes, and what follows from it for the rest of a run's arrays.
 
     data     a copy of the weights each; moments and averages are split over it all the same (ZeRO-1)
-    fsdp     splits every matrix, gathered where it is used
+    fsdp     splits every matrix, gathered where it is used, but for the embedding (`looked_up`)
     expert   splits the routed experts, which never move: tokens come to them (experts.py); of the others' moments and
              averages as `data`
     tensor   splits heads, feed-forward widths and the vocabulary

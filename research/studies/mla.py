@@ -9,7 +9,8 @@ from research import plots
 from research.bench_context import PATHS, attention_arguments, seconds_of
 from research.decoding.cache import bytes_per_token
 from research.model.build import make_model
-from research.tables.runner import published
+from research.tables.runner import Row, of_unit, published
+from research.tables.v2_attention import BPB, BYTES
 
 MODELS = {"DeepSeek-V3": "deepseek_v3", "DeepSeek-V2-Lite": "deepseek_v2_lite", "Qwen2.5-72B": "qwen2_5:72b",
           "Llama-3.1-405B": "llama_3_1:405b"}
@@ -34,6 +35,23 @@ def draw_cache(axes, found: dict[str, tuple[int, str]]) -> None:
     """Kilobytes of each model's token."""
     plots.bars(axes, [f"{name} ({kind.upper()})" for name, (_, kind) in found.items()],
                {"cache": [size / 1000 for size, _ in found.values()]}, "kB a token, bfloat16", 1)
+
+
+def draw_quality(axes, rows: list[Row]) -> None:
+    """Bits per byte of each kind of attention in v2_attention's rows, the largest size's, by the bytes of its cache."""
+    size = rows[-1].what.split(": ")[0]
+    trained = {unit: {row.what: row for row in of_unit(rows, unit) if row.what.startswith(size) and not row.verdict}
+               for unit in (BPB, BYTES)}
+    ticks = {}
+    for what, row in trained[BPB].items():
+        held = trained[BYTES][what].ours
+        axes.vlines(held, row.least, row.greatest, color="black", linewidth=1.1)
+        axes.plot(held, row.ours, color="black", marker="o", markerfacecolor="white")
+        ticks[held] = f"{what.split(': ')[1].upper()}\n{held:,.0f}"
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    axes.set_xlabel(f"{BYTES}, logarithmic ({size})")
+    axes.set_ylabel(f"{BPB}: mean and range")
 
 
 def compare(slots: int, rounds: int = 3) -> dict:

@@ -185,13 +185,12 @@ class Checkpoints:
         return _read(path, abstract_state), record
 
     def record(self, step: int) -> dict[str, Any]:
-        """What was saved with `step` besides its state."""
-        return json.loads((self._intact(step) / "record" / "metadata").read_text())
+        """What was saved with `step` besides its state; whether the checkpoint is intact is not looked at."""
+        return json.loads((self.directory / str(step) / "record" / "metadata").read_text())
 
     def weights(self, step: int) -> dict[str, Any]:
         """What `restore_weights` gives, with a shape and a dtype at each leaf; no array is read."""
-        saved = saved_tree(self._intact(step))
-        return {"params": saved[params_of(saved)], "routing": saved["routing"]}
+        return weights_of(saved_tree(self._intact(step)))
 
     def restore_weights(self, step: int, over: dict[str, Any] | None = None) -> dict[str, Any]:
         """`params` and `routing` of `step`, as they are stored; over: their shardings, None: on the first device.
@@ -199,10 +198,12 @@ class Checkpoints:
         `params` are the average of the weights where the run kept one, as in its evaluations. Without knowledge of
         model or optimiser.
         """
-        path, wanted = self._intact(step), self.weights(step)
+        path = self._intact(step)
+        saved = saved_tree(path)
+        wanted = weights_of(saved)
         if over:
             wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), wanted, over)
-        name = params_of(saved_tree(path))
+        name = params_of(saved)
         read = _read(path, {name: wanted["params"], "routing": wanted["routing"]})
         return {"params": read[name], "routing": read["routing"]}
 
@@ -328,6 +329,11 @@ def _sync(path: str | Path) -> None:
 def params_of(saved: dict[str, Any]) -> str:
     """Which part of a saved state its weights are: `ema`, the average, where the run kept one, else `params`."""
     return "params" if saved.get("ema") is None else "ema"
+
+
+def weights_of(saved: dict[str, Any]) -> dict[str, Any]:
+    """{`params`, `routing`} of a saved state: its weights, see `params_of`."""
+    return {"params": saved[params_of(saved)], "routing": saved["routing"]}
 
 
 def saved_tree(path: Path) -> dict[str, Any]:

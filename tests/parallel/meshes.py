@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 DEVICES = 8
+BAD = "a program that XLA must warn of:"  # on stderr before the last
 FIELDS = {
     "model.num_hidden_layers": 1, "model.first_k_dense_replace": 0, "model.moe_intermediate_size": 40,
     "mtp.num_nextn_predict_layers": 1, "training.batch_size": 8,
@@ -364,6 +365,25 @@ def ragged() -> dict:
                     "rows": sorted({int(rows) for rows in re.findall(rf"tensor<(\d+)x{D}xf32>", text)})}
 
 
+def copied_whole() -> None:
+    """Compiles what `rules.looked_up` is there for: columns over fsdp, looked up for tokens over fsdp; XLA warns."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from research.parallel.mesh import make_mesh
+    from research.parallel.rules import BATCH, placed
+    from tests import tiny
+
+    mesh = make_mesh(tiny.settings(FIELDS | {"mesh.data": 2, "mesh.fsdp": 2, "mesh.expert": 2}))
+    columns, rows = NamedSharding(mesh, P(None, "fsdp")), NamedSharding(mesh, P(BATCH))
+    gradient = jax.grad(lambda embed_VD, tokens_BT: jnp.sum(placed(mesh, embed_VD[tokens_BT]) ** 2))
+    print(BAD, file=sys.stderr, flush=True)
+    jax.jit(gradient, in_shardings=(columns, rows), out_shardings=columns).lower(
+        jax.ShapeDtypeStruct((32, 16), jnp.float32), jax.ShapeDtypeStruct((8, 12), jnp.int32)).compile()
+
+
 if __name__ == "__main__":
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
     import jax
@@ -375,3 +395,4 @@ if __name__ == "__main__":
             "evaluated": evaluated(), "reinforced": [reinforced(), reinforced(data=4, tensor=2)],
             "dispatched": dispatched(),
             "in 8 bits": [in_8_bits("none"), in_8_bits("layer", data=2, fsdp=2, expert=2)]}, sys.stdout)
+    copied_whole()

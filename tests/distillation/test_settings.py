@@ -91,6 +91,14 @@ def test_a_wrong_field_is_named(change, message):
         settings_of(*change.split(" "))
 
 
+def test_samples_of_an_update_need_not_fit_a_model_that_draws_none():
+    rows = "reinforcement.questions=1", "reinforcement.group_size=4"
+    mesh = "student.mesh.data=8", "student.training.batch_size=8"
+    assert settings_of("method=distilled", *rows, *mesh).student.mesh.data == 8
+    with pytest.raises(RequestError, match="does not divide the 4 samples"):
+        settings_of("method=reinforced", *rows, *mesh)
+
+
 def test_the_config_of_a_model_alone_is_a_students():
     chosen = complete(experiment.load(str(runs.ROOT / "experiments/r1_distill_qwen_1_5b.py")))
     s = check(experiment.change(chosen, ["seed=5", "student.checkpoint.initialize_from=there"], DEFAULT))

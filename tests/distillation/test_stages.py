@@ -196,6 +196,15 @@ def test_a_model_has_its_record_however_its_process_ends(copy, monkeypatch, capl
     assert f"{copy / 'distilled'} is finished, with config.student.optimizer.learning_rate=0.005 and not" in caplog.text
 
 
+def test_on_another_mesh_it_is_the_same_model(whole, caplog):
+    teacher = whole[0] / "teacher"
+    record = made.read(teacher)
+    made.kept(teacher, record | {"teacher.mesh.data": 8})
+    assert record and not caplog.text
+    made.kept(teacher, record | {"seed": 9})
+    assert "is finished, with config.seed=0 and not 9" in caplog.text
+
+
 def test_other_weights_are_another_model(copy):
     path = copy / "evaluation/base-2.sampled.jsonl"
     told = made.read(path)
@@ -286,6 +295,8 @@ def test_what_a_later_stage_cannot_do_is_said_before_the_first(whole, tmp_path):
             ("tuning.files", empty, "tuning.files='.*' holds nothing to learn from")):
         with pytest.raises(RequestError, match=message):
             run(tmp_path / "run", *distill.STAGES, **{name: value})
+    with pytest.raises(RequestError, match=r"config\.student\.evaluation\.batch_size=3 must be a multiple of 2"):
+        run(tmp_path / "run", *distill.STAGES, **{"student.mesh.data": 2, "student.evaluation.batch_size": 3})
     assert not (tmp_path / "run").exists()
 
 

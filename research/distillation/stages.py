@@ -33,7 +33,7 @@ from research.errors import RequestError
 from research.experiment import flatten
 from research.files import write_whole
 from research.interop.weights import checked_weights, read_settings
-from research.parallel.mesh import check_devices
+from research.parallel import mesh
 from research.training.checkpoint import Checkpoints
 from research.training.workdir import owned
 
@@ -102,7 +102,8 @@ class Pipeline:
         for name in ("teacher", "student"):
             if name in stages:
                 with named(name):
-                    check_devices(getattr(s, name), jax.devices())
+                    mesh.check(getattr(s, name))
+                    mesh.check_devices(getattr(s, name), jax.devices())
         self._check_decoding(stages)
         if stages[0] == "evaluate" and not self._evaluated_folders:
             raise RequestError(f"--stage=evaluate needs a model: {self.workdir} has none, and "

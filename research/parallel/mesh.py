@@ -30,19 +30,16 @@ def make_mesh(settings, devices=None) -> Mesh | None:
                            f"processes use all they have, {len(devices)} {devices[0].platform} devices")
     if needed == 1:
         return None
-    _check(settings)
+    check(settings)
     _check_widths(settings)
     check_devices(settings, devices)
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=TYPES, devices=devices[:needed])
 
 
 def check_devices(settings, devices) -> None:
-    """RequestError where the mesh takes more than these, or its program cannot do what the config asks, whatever the
-    widths."""
+    """RequestError where the mesh takes more than these."""
     sizes = _sizes(settings)
     needed = math.prod(sizes.values())
-    if needed > 1:
-        _check(settings)
     if needed > len(devices):
         raise RequestError(f"config.{_product(sizes)} needs {needed} devices: {len(devices)} {devices[0].platform} "
                            f"device{'s are' if len(devices) > 1 else ' is'} present")
@@ -54,7 +51,7 @@ def abstract_mesh(settings) -> AbstractMesh | None:
     sizes = _sizes(settings)
     if math.prod(sizes.values()) == 1:
         return None
-    _check(settings)
+    check(settings)
     _check_widths(settings)
     return AbstractMesh(tuple(sizes.values()), AXES, axis_types=TYPES, abstract_device=H200)
 
@@ -74,9 +71,11 @@ def _product(sizes: dict[str, int]) -> str:
     return " * ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1) or "mesh.data=1"
 
 
-def _check(settings) -> None:
-    """RequestError for what the program over a mesh cannot do, whatever the devices."""
+def check(settings) -> None:
+    """RequestError for what the program over a mesh cannot do, whatever the devices and the widths."""
     sizes = _sizes(settings)
+    if math.prod(sizes.values()) == 1:
+        return
     pipeline.check(settings)
     recipe = RECIPES[settings.precision.recipe]
     if recipe.quantized and recipe.forward.left.tile is None:

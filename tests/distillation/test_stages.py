@@ -319,8 +319,9 @@ def test_an_empty_file_of_samples_is_refused(tmp_path):
         (tmp_path / "verified.jsonl").write_text(line + "\n")
         with pytest.raises(RequestError, match=r"verified.jsonl has a line that is no kept sample"):
             run(tmp_path, "student", **{"cold_start.student_steps": 0})
-    with pytest.raises(RequestError, match=r"config\.tuning\.files='no\*' .*matches no file"):
-        run(tmp_path, "student", **{"cold_start.student_steps": 0, "tuning.files": "no*"})
+    for files, said in (("no*", r"='no\*' matches no file"), ("no*,no", r"='no\*,no' 'no\*' matches no file")):
+        with pytest.raises(RequestError, match=rf"config\.tuning\.files{said}"):
+            run(tmp_path, "student", **{"cold_start.student_steps": 0, "tuning.files": files})
 
 
 def test_users_problems_need_their_fields_and_solutions(tmp_path):

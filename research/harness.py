@@ -5,6 +5,7 @@ of --include_path, or the path of a YAML file. Needs requirements-eval.txt. The 
 """
 
 import json
+import logging
 from pathlib import Path
 
 from absl import flags
@@ -46,6 +47,7 @@ def main() -> None:
         from research.environment import pin_threads
         from research.interop.lm_eval import ParsimonyLM
 
+    logging.getLogger("huggingface_hub").handlers.clear()  # its lines come by ours
     manager = TaskManager(include_path=_INCLUDE.value and Path(_INCLUDE.value).expanduser())
     tasks = find_tasks(manager)
     loaded = load_tasks(manager, tasks)

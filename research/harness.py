@@ -13,6 +13,7 @@ from absl import flags
 from research import command
 from research.errors import RequestError, nearest
 from research.files import write_whole
+from research.generate import check_folder
 
 FLAGS = flags.FlagValues()
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, or a Hugging Face folder.", FLAGS)
@@ -91,6 +92,7 @@ def check_flags() -> None:
         raise RequestError("--samples needs --output, the file to write them to")
     if _OUTPUT.value and not Path(_OUTPUT.value).expanduser().absolute().parent.is_dir():
         raise RequestError(f"--output={_OUTPUT.value!r} is in a folder that does not exist")
+    check_folder(Path(_CHECKPOINT.value).expanduser())  # before a task's data are fetched
 
 
 def find_tasks(manager) -> list:

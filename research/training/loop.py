@@ -150,6 +150,7 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
                 read_pending()
                 with clock.phase("compile"):
                     compiled[shapes] = step_function.lower(state, batch).compile()
+                    hosts.from_all(None)  # else Gloo gives the others 30 s to compile it too (JAX 0.11.2)
             if profiler:
                 profiler.before(step)
             dispatched = time.perf_counter()

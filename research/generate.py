@@ -197,11 +197,16 @@ def read_prompts() -> list[str]:
     return prompts
 
 
-def load(folder: Path, recipe: str | None, cache_dtype: str | None, weights: str | None = None):
-    """(Decoder, tokenizer, the ids that every text begins with) of a checkpoint; the names are the flags'."""
+def check_folder(folder: Path) -> None:
+    """RequestError for a --checkpoint that is no folder."""
     if not folder.is_dir():
         raise RequestError(f"--checkpoint={str(folder)!r} is not a directory" if folder.exists() else
                            f"--checkpoint={str(folder)!r} does not exist")
+
+
+def load(folder: Path, recipe: str | None, cache_dtype: str | None, weights: str | None = None):
+    """(Decoder, tokenizer, the ids that every text begins with) of a checkpoint; the names are the flags'."""
+    check_folder(folder)
     from research.data.tokenizer import Tokenizer  # after the checks: JAX takes a second to import
 
     with command.stops_held():

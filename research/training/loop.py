@@ -109,7 +109,8 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
             speed = size / seconds
             log.write({"step": done, "split": "train"} | metrics | {
                 "tokens": tokens, "tokens_per_second": speed, "mfu": flops_per_token * speed / peak})
-            progress.update(done, f"loss {metrics['loss']:.3f}, {speed:,.0f} tokens/s")
+            told = "reward" if "reward" in metrics else "loss"  # the loss of reinforcement is about 0 at every step
+            progress.update(done, f"{told} {metrics[told]:.3f}, {speed:,.0f} tokens/s")
 
         def save(loss):
             with clock.phase("save"):
@@ -134,7 +135,7 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
                 log.write({"step": step, "split": "validation"} | found)
             checkpoints.rank(step, found["loss"])
             logging.info("step %d: validation %s", step, f"{found['bits_per_byte']:.3f} bits per byte"
-                         if "bits_per_byte" in found else f"loss {found['loss']:.3f}")
+                         if "bits_per_byte" in found else f"accuracy {found['accuracy']:.1%}")
             return found
 
         validation = None
@@ -150,6 +151,7 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
                 read_pending()
                 with clock.phase("compile"):
                     compiled[shapes] = step_function.lower(state, batch).compile()
+                    hosts.from_all(None)  # else Gloo gives the others 30 s to compile it too (JAX 0.11.2)
             if profiler:
                 profiler.before(step)
             dispatched = time.perf_counter()

@@ -17,7 +17,7 @@ from research.accounting import exchange
 from research.errors import RequestError
 from research.interop.tensors import list_tensors
 from research.model.build import make_model
-from research.parallel import experts
+from research.parallel import experts, overlap
 from research.parallel.mesh import make_mesh
 from research.parallel.rules import AXES, axes_of, spread
 from research.training.step import make_train_step
@@ -185,6 +185,16 @@ def test_the_exchange_sends_what_it_must(found):
     assert sent == layers * tokens * (8 // counted["devices"] * counted["bytes"] + 8 * (1 + 4 * 3))
     for mesh in ("expert", "tensor and expert", "pipeline and expert"):
         assert any(re.search("shard_map/(.*/)?while/", name) for _, name in exchanges(mesh)), mesh
+
+
+@pytest.mark.parametrize("mesh, within", [("data", 0.02), ("pipeline", 0.002), ("fsdp", 0.2)])
+def test_the_account_of_a_step_is_what_its_program_exchanges(found, mesh, within):
+    """Besides the account XLA sums the head's two gradients one by one (data), and does not gather twice all that it
+    might (fsdp); what `expert` sends is counted above, and of `tensor` XLA makes more sums than it would need."""
+    sent = sum(each.bytes * each.times for each in overlap.exchanges(found[mesh]["program"]))
+    sizes = {f"mesh.{axis}": size for axis, size in MESHES[mesh].items()}
+    assert sent == pytest.approx(exchange.of_step(tiny.settings(
+        FIELDS | (IN_PIECES if mesh in PIPELINES else {}) | sizes)), rel=within)
 
 
 def test_where_the_platform_has_it_only_tokens_travel(found):

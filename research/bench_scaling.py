@@ -9,7 +9,7 @@ pipeline also what stages compute in vain, where real ones would be idle. It say
 there is no network, and no device has a memory of its own.
 
 Beside it stand the bytes that a device exchanges, by the compiled program and by the account. Each program runs in a
-process of its own, which has compiled nothing itself: a first one fills the cache.
+process of its own: how many devices are simulated is settled when it starts.
 
     python -m research.bench_scaling --config=experiments/ladder.py:1b --axes=fsdp --devices=1,2,4,8 --rows=8
 """
@@ -70,17 +70,13 @@ class Program(NamedTuple):
 
 def work(request: dict) -> None:
     """A program's process: says what it is, then takes as many steps as each line of stdin says."""
-    import jax
-
-    compiled = []
-    jax.monitoring.register_event_listener(
-        lambda event, **_: compiled.append(event) if event.endswith("/cache_misses") else None)
     from research import config, environment
     from research.accounting import exchange
     from research.bench_precision import Stepper
     from research.data.pipeline import load_corpus
     from research.parallel import overlap
 
+    environment.compute_in_this_thread()
     settings = config.check(experiment.change(experiment.load(request["config"]), request["fields"]))
     corpus = load_corpus(settings)
     settings = settings.with_vocabulary(corpus.tokenizer.vocab_size)
@@ -89,7 +85,7 @@ def work(request: dict) -> None:
     environment.pin_threads()
     for each in overlap.exchanges(stepper.step.as_text()):
         exchanged[each.kind] += each.bytes * each.times
-    bench_peer.answer({"environment": environment.describe(), "compiled": bool(compiled), "exchanged": exchanged,
+    bench_peer.answer({"environment": environment.describe(), "exchanged": exchanged,
                        "account": exchange.of_step(settings)})
     for line in sys.stdin:
         bench_peer.answer({"seconds": stepper.seconds(int(line)),
@@ -97,16 +93,11 @@ def work(request: dict) -> None:
 
 
 def start(program: Program, folder: Path) -> bench.Worker:
-    """Its process, started again where it has compiled what it runs: such a one is slower (experiments/LOG.md)."""
+    """Its process, on as many devices as it takes where they are simulated."""
     devices = program.devices if program.axis else 1
     simulated = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
     module = [sys.executable, "-m", "research.bench_scaling", f"--worker={json.dumps(program.request())}"]
-    arguments = module, bench.KEPT_PAGES | {"XLA_FLAGS": simulated}, folder
-    worker = bench.Worker(*arguments)
-    if worker.about["compiled"]:
-        worker.close()
-        worker = bench.Worker(*arguments)
-    return worker
+    return bench.Worker(module, bench.KEPT_PAGES | {"XLA_FLAGS": simulated}, folder)
 
 
 def measure(group: list[Program], folder: Path) -> dict[Program, dict]:

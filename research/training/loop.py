@@ -239,7 +239,7 @@ def shared_out(corpus, model, settings):
 
 
 def gathered(state):
-    """What decoding reads of a state, on the first device of the first process: it knows no mesh."""
+    """What decoding reads of a state, on the first device of the first process, which decodes alone."""
     kept = {name: state[name] for name in ("params", "routing", "ema", "step")}
     if hosts.several():
         kept = hosts.whole(kept, kept["step"].sharding.mesh)

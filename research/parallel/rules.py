@@ -13,6 +13,7 @@ The batch is split over data x fsdp x expert. Activations are placed where the e
 
 import math
 import re
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -142,6 +143,27 @@ def around(mesh: Mesh) -> dict:
     context = jax.sharding.get_abstract_mesh()
     return {"mesh": context if context.manual_axes else mesh,
             "axis_names": set(mesh.axis_names) - set(context.manual_axes)}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Part:
+    """Of an array that all devices of `fsdp` have alike what one of them keeps until all read it again."""
+
+    part: jax.Array  # flat
+    shape: tuple[int, ...] = field(metadata={"static": True})
+
+
+def kept_in_parts(x):
+    """x, made of a gathered weight for the backward pass: within `shard_map` this device's `Part`, elsewhere itself."""
+    context = jax.sharding.get_abstract_mesh()
+    n = context.shape["fsdp"] if "fsdp" in context.manual_axes else 1
+    return x if n == 1 else Part(x.reshape(n, -1)[lax.axis_index("fsdp")], x.shape)
+
+
+def whole_again(x):
+    """What `kept_in_parts` was given."""
+    return lax.all_gather(x.part, "fsdp", tiled=True).reshape(x.shape) if isinstance(x, Part) else x
 
 
 def over_rows(mesh: Mesh | None, function, x, *whole):

@@ -58,6 +58,31 @@ def test_products_in_8_bits_are_kernels_on_each_device():
     assert lowering.EXCHANGE.search(text)[1] == "all_reduce"  # the weight's gradient
 
 
+@pytest.mark.parametrize("part", ["linear", "experts"])
+def test_of_a_gathered_weights_copy_each_device_keeps_a_part(part):
+    """8 bits a weight, once on the devices of fsdp together; what is multiplied with it is each device's own."""
+    settings = settings_of("experiments/nano.py:smoke", (
+        "precision.recipe=fp8_deepseek", "evaluation.batch_size=8", "training.batch_size=8", "mesh.data=2",
+        "mesh.fsdp=4"))
+    mesh, D, F = abstract_mesh(settings), 256, 384
+    products = make_model(settings, mesh).products
+
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    x_XD, chosen = jax.ShapeDtypeStruct((8 * 16, D), jnp.bfloat16), jax.ShapeDtypeStruct((8 * 16, 2), jnp.int32)
+    with jax.sharding.use_abstract_mesh(mesh):
+        if part == "linear":
+            weights = 1
+            kept = memory.kept_by(lambda x, w: products.linear(x, w, "q_proj", {}), x_XD, array(D, F))
+        else:
+            weights = 3 * 2
+            kept = memory.kept_by(lambda x, *w: products.experts(x, *w, {}), x_XD, array(2, D, F), array(2, D, F),
+                                  array(2, F, D), chosen, array(8 * 16, 2))
+    sizes = [leaf.size for leaf in kept if leaf.dtype == jnp.uint8 and leaf.ndim == 1]
+    assert sum(sizes) == mesh.shape["data"] * weights * D * F
+
+
 def test_what_is_printed_and_refused(capsys, monkeypatch):
     given = {
         "devices": 2048, "mesh": {"pipeline": 2, "data": 16, "fsdp": 1, "expert": 64, "tensor": 1}, "lines": 27933,

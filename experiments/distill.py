@@ -22,9 +22,10 @@ more samples above fewer.
 Result (bf3acdc, seeds 0-2, mean and range of pass@1): teacher 87.4% (80.0-97.3), base 12.4 (11.0-13.2), reinforced 16.2
 (14.3-18.0), distilled 20.1 (16.7-21.9): above reinforced by 2.4 to 5.2 points, the paper's direction. reference 18.7
 (15.6-21.6), unverified 22.3 (20.9-23.9), logits 29.3 (18.3-35.5), on_policy 16.9 (14.8-19.3): within noise of
-distilled. results/r1_distill.md. At 7de5567, on an older machine, whose roundings gave other teachers (62.5%,
-36.5-90.9), distilled had 29.5 (27.5-30.9), above reinforced by 10.6 to 17.0 points. on_policy.student_data_fraction
-below 1: not yet run.
+distilled. By samples taught: 17.0 (11.0-23.1) with 295 on average, 23.9 (22.2-25.8) with 1,195, 20.1 with 2,996: no
+difference of neighbours is beyond noise. results/r1_distill.md. At 7de5567, on an older machine, whose roundings gave
+other teachers (62.5%, 36.5-90.9), distilled had 29.5 (27.5-30.9), above reinforced by 10.6 to 17.0 points.
+on_policy.student_data_fraction below 1: not yet run.
 Cost: the first command 3 minutes on two cores of the newest machine, beside other work; all arms 5 to 7 minutes a seed.
 """
 

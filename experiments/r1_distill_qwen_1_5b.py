@@ -7,6 +7,7 @@ cosine from 1e-4 to a tenth. Command:
     python -m research.distill --config=experiments/r1_distill_qwen_1_5b.py --stage=student --workdir=DIR \\
         --config.student.checkpoint.initialize_from=Qwen2.5-Math-1.5B --config.tuning.files=samples.jsonl
 The last reads a user's samples (question, response) and trains R1's student from the base's folder; the others' text.
+R1's 600K verified and 200K other samples are two files of it: --config.tuning.files=DIR/verified.jsonl,others.jsonl.
 `complete` in research/distillation/settings.py says what of the rest of a pipeline is R1's, and what it does not give.
 The 64 rows go one after another through one GPU, and layers are computed again (ours; the paper gives neither): 101.9
 GB of an H200's 141 by the account (--gpu=H200).

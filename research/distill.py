@@ -2,7 +2,7 @@
 
 Stages: teacher (worked solutions, then reinforcement), sample, verify, student, evaluate. Each goes on where a killed
 one has stopped, and can be run alone. The config of a model alone, such as experiments/r1_distill_qwen_1_5b.py, is a
-student's.
+student's. Several processes of one command are one run, as of research.main.
 """
 
 from pathlib import Path
@@ -12,6 +12,7 @@ from absl import flags
 from experiments import base
 from research import command, experiment
 from research.errors import RequestError
+from research.parallel import hosts
 
 STAGES = ("teacher", "sample", "verify", "student", "evaluate")
 FLAGS = flags.FlagValues()
@@ -20,6 +21,7 @@ _FIELDS = flags.DEFINE_multi_string(
     "config.", [], "--config.group.field=value changes a field; experiments/base.py lists them.", FLAGS)
 _STAGE = flags.DEFINE_enum("stage", None, [*STAGES, "all"], "What to do.", FLAGS)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written, and continued.", FLAGS)
+hosts.define_flags(FLAGS)
 
 
 def main() -> None:
@@ -28,14 +30,23 @@ def main() -> None:
             raise RequestError(f"--{flag.name} is required: --config=FILE --stage={'|'.join((*STAGES, 'all'))} "
                                "--workdir=DIR")
     with command.stops_held():
-        from research import environment
-        from research.distillation import settings, stages
-    environment.compute_in_this_thread()
+        from research.distillation import settings
     chosen = settings.complete(experiment.load(_CONFIG.value))
-    changed = experiment.change(chosen, _FIELDS.value, base.get_distillation_config())
+    changed = settings.check(experiment.change(chosen, _FIELDS.value, base.get_distillation_config()))
     wanted = STAGES if _STAGE.value == "all" else (_STAGE.value,)
-    print(stages.run(settings.check(changed), Path(_WORKDIR.value).expanduser(), wanted))
+
+    hosts.join_by(FLAGS)
+    with command.stops_held():
+        from research import environment
+        from research.distillation import stages
+
+    environment.compute_in_this_thread()
+    hosts.agree({f"--{name}": FLAGS[name].value for name in ("workdir", "stage", "heartbeat_timeout_seconds")}
+                | {f"config.{name}": value for name, value in changed.fields.items()}, "command")
+    told = stages.run(changed, Path(_WORKDIR.value).expanduser(), wanted)
+    if hosts.is_first():
+        print(told)
 
 
 if __name__ == "__main__":
-    command.run(main, FLAGS, command.KEPT_PAGES, fields=base.get_distillation_config)
+    command.run(main, FLAGS, command.KEPT_PAGES, hosts.leave, base.get_distillation_config)

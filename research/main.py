@@ -24,14 +24,7 @@ _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "eval"], "train, or evaluate the newest checkpoint on all held-out text.", FLAGS)
 _PROFILE = flags.DEFINE_bool(
     "profile", False, "Write a trace of three steps, or of what is left, to WORKDIR/profile, for xprof.", FLAGS)
-_ADDRESS = flags.DEFINE_string(
-    "coordinator_address", None, "HOST:PORT of process 0, where all processes of the run meet.", FLAGS)
-_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the run has; 1: no others, whatever a "
-                                  "launcher says.", flag_values=FLAGS)
-_PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.", flag_values=FLAGS)
-_HEARTBEAT = flags.DEFINE_integer(
-    "heartbeat_timeout_seconds", 30, "A process that gives no sign of life for so long is lost, and the run ends.",
-    flag_values=FLAGS)
+hosts.define_flags(FLAGS)
 
 
 def main() -> None:
@@ -52,7 +45,7 @@ def main() -> None:
         raise RequestError("--config is required: an experiment such as experiments/nano.py")
     settings = config.check(experiment.change(chosen, _FIELDS.value))
 
-    hosts.join(_ADDRESS.value, _PROCESSES.value, _PROCESS.value, _HEARTBEAT.value)
+    hosts.join_by(FLAGS)
     with command.stops_held():
         from research import environment, summary  # after the checks that need no JAX: they are answered at once
         from research.interop.weights import weights_alone

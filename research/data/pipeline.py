@@ -53,6 +53,10 @@ class Corpus:
         """What there is to read, in a phrase."""
         return f"corpus {len(self.train.flat):,} tokens, {self.validation_bytes:,} bytes held out"
 
+    def shared(self, share: Share) -> "Corpus":
+        """The corpus as one of several processes reads it."""
+        return dataclasses.replace(self, share=share)
+
     def train_batches(self, settings: Any) -> "TrainBatches":
         """What the steps of a run read, from the first on."""
         return TrainBatches(self, settings)

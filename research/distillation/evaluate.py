@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,12 +32,13 @@ _WHAT = {"cold_start": "teacher after worked solutions", "teacher": "teacher aft
 
 
 def estimates(samples: dict[str, list[Sample]], problems: Sequence[Problem], checker: Checker) -> dict:
-    """What the samples of each problem say: pass@1 with its 95% interval, pass@k and cons@k, shares and lengths.
+    """What the samples of each problem say: pass@1 with its 95% interval, pass@k and cons@k, shares and lengths; and on
+    how many answers the checker has failed.
 
     samples: {`sampled`: k of each problem, `greedy`: one, or absent}.
     """
     place = {problem.digest.hex(): number for number, problem in enumerate(problems)}
-    found = {}
+    found, before = {}, Counter(checker.failures)
     for kind, lines in samples.items():
         answers, right = [[] for _ in problems], [[] for _ in problems]
         for line in lines:
@@ -54,7 +56,7 @@ def estimates(samples: dict[str, list[Sample]], problems: Sequence[Problem], che
             "cons_at_k": estimate.cons_at_k(votes, right, k), "ended": float(np.mean([x.ended for x in lines])),
             "well_formed": float(np.mean([well_formed(x.text) for x in lines])), "tokens": float(np.mean(lengths)),
             "tokens_by_decile": np.percentile(lengths, range(0, 101, 10)).tolist()}
-    return found
+    return found | {"checker_failures": dict(checker.failures - before)}
 
 
 def facts(folder: Path, settings, step: int | None) -> dict:
@@ -102,6 +104,8 @@ def write(workdir: Path, settings: Settings, found: dict, problems: int) -> None
              "included, without what it started from; the last one is of the teacher, where it scored rollouts.\n",
              table(found, settings.evaluation) + "\n"]
     text += ["\n".join(f"- {name}: {_WHAT[name]}" for name in found if name in _WHAT) + "\n"]
+    for name, x in found.items():
+        text += _failures(x["checker_failures"], f"answers of {name}")
     text += _pictures(workdir, found) + _samples(workdir) + _made(workdir, settings, found)
     write_whole(workdir / "report.md", "\n".join(text))
 
@@ -150,9 +154,13 @@ def _samples(workdir: Path) -> list[str]:
                  "| " + " | ".join(f"{count:,}" for count in told["counts"].values()) + " |\n",
                  f"Of {len(rates):,} problems {np.mean(rates == 0):.1%} were never answered rightly, "
                  f"{np.mean(rates == 1):.1%} always; pass rate {np.mean(rates):.1%}.\n"]
-        failures = ", ".join(f"{count} {name}" for name, count in told["checker_failures"].items())
-        text += [f"The checker failed on answers, which count as wrong: {failures}.\n"] if failures else []
+        text += _failures(told["checker_failures"], "samples")
     return text
+
+
+def _failures(counts: dict[str, int], whose: str) -> list[str]:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    return [f"The checker failed on {whose}, which count as wrong: {kinds}.\n"] if kinds else []
 
 
 def _made(workdir: Path, settings: Settings, models) -> list[str]:

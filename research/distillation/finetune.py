@@ -14,6 +14,7 @@ import numpy as np
 from absl import logging
 
 from research.data.packing import Batch
+from research.data.pipeline import Share
 from research.data.sources import place_of
 from research.data.tokenizer import Tokenizer
 from research.errors import RequestError
@@ -27,6 +28,7 @@ class Examples:
 
     validation_documents = ()  # no text is continued at the end
     gzip_bits_per_byte = None
+    share: Share | None = None  # None: all of every batch
 
     def __init__(self, pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer, settings: Any):
         """pairs: (prompt, response); which are held out is decided by the prompt alone. Raises RequestError."""
@@ -45,11 +47,18 @@ class Examples:
         return (f"{self.rows.examples:,} examples in {self.rows.rows:,} rows, {self.rows.targets:,} targets; "
                 f"{self._held_out.examples:,} held out")
 
+    def shared(self, share: Share) -> "Examples":
+        """The examples as one of several processes reads them."""
+        self.share = share
+        return self
+
     def train_batches(self, settings: Any) -> "Batches":
         """What the steps read, from the first on."""
-        def batch(step: int, _: Any) -> Batch:
-            numbers = self.rows.numbers(step, settings.training.batch_size)
+        def read(numbers: Sequence[int]) -> Batch:
             return self.rows.of(numbers) | {name: array[numbers] for name, array in self.kept.items()}
+
+        def batch(step: int, _: Any) -> Batch:
+            return batch_of(self.rows.numbers(step, settings.training.batch_size), read, self.share)
 
         return Batches(batch, {"corpus": self.corpus_hash, "tokenizer": self.tokenizer.hash})
 
@@ -57,7 +66,12 @@ class Examples:
         """Batches of `evaluation.batch_size` rows: every held-out example once, or the first `batches` of them."""
         size = settings.evaluation.batch_size
         for start in range(0, self._held_out.rows, size)[:batches]:
-            yield self._held_out.of(range(start, start + size))
+            yield batch_of(range(start, start + size), self._held_out.of, self.share)
+
+
+def batch_of(numbers: Sequence[int], read: Callable[[Sequence[int]], Batch], share: Share | None) -> Batch:
+    """The batch of the rows with these numbers, of which each of several processes reads its own."""
+    return share.whole(read(share.rows(np.asarray(numbers)))) if share else read(numbers)
 
 
 def held_out_of(prompts: Sequence[str], fraction: float) -> set[str]:

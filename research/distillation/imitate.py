@@ -14,17 +14,20 @@ from research.distillation.finetune import Examples
 from research.distillation.logits import divergence_from_top, keep_top
 from research.files import write_whole
 from research.model.transformer import balance_of
+from research.parallel import hosts
 from research.training.losses import token_losses
 from research.training.step import apply_model, loads_of
 
 _NAMES = ("ids_BTk", "logp_BTk", "rest_BT")  # of logits.keep_top
 
 
+@hosts.first_alone()
 def store(folder: Path, examples: Examples, model, settings, variables, config: Any, rows: int, whose: str) -> dict:
     """The teacher's likeliest tokens at every position of the examples' rows, in `folder`: arrays mapped from disk.
 
     model, settings, variables: the teacher's; config: `top_k` and `temperature`; rows: of a pass; whose: what tells
-    this teacher from others. A killed run is continued behind the rows that are done.
+    this teacher from others. A killed run is continued behind the rows that are done. Of several processes the first
+    scores all rows.
     """
     length = settings.data.sequence_length
     total, k = examples.rows.rows, min(config.top_k, settings.model.vocab_size)

@@ -20,7 +20,7 @@ import numpy as np
 from research.accounting import flops
 from research.data.packing import Batch
 from research.distillation import rollouts
-from research.distillation.finetune import Rows
+from research.distillation.finetune import Rows, batch_of
 from research.distillation.logits import divergence
 from research.model.transformer import balance_of
 from research.training.step import apply_model, loads_of
@@ -84,8 +84,12 @@ class Mixture(rollouts.Rollouts):
         """As Rollouts, or the rows that fine-tuning would read in this step, with the teacher's logits."""
         if self.drawn((step - 1) // (self.config.minibatches * self.config.epochs)):
             return super().batch(step, state)
-        batch = self.fixed.batch(step, self.size)
-        return batch | self.scoring.read(batch, 1)
+
+        def read(numbers: Sequence[int]) -> Batch:
+            batch = self.fixed.of(numbers)
+            return batch | self.scoring.read(batch, 1)
+
+        return batch_of(self.fixed.numbers(step, self.size), read, self.share)
 
 
 def _logits(variables, batch, *, model, settings):

@@ -15,6 +15,7 @@ from research.data.packing import Batch
 from research.distillation import grpo, rollouts
 from research.errors import RequestError
 from research.model.transformer import balance_of
+from research.parallel import hosts
 from research.training.losses import cross_entropy
 from research.training.step import apply_model, loads_of
 from research.tree import map_paths, paths
@@ -56,21 +57,24 @@ class Rewards:
             return
         path = self.folder / f"{due}.npz"
         if due == number:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            with part.open("wb") as file:
-                np.savez(file, **{name: np.asarray(leaf) for name, leaf in paths(policy).items()})
-            part.replace(path)
-            saved = self.settings.checkpoint.every_steps // (self.config.minibatches * self.config.epochs)
-            for old in self.folder.glob("*.npz"):
-                if saved and int(old.stem) < due - every - 2 * saved:
-                    old.unlink()
+            hosts.from_first(lambda: self._keep(policy, path))
         elif not path.exists():
             raise RequestError.field("reinforcement.reference_every", every, f"needs {path}, the policy before batch "
                                      f"{due + 1}: restore it, or remove the run's checkpoints to start anew")
         with np.load(path) as found:
             self._reference = map_paths(lambda name, _: jnp.asarray(found[name]), self._reference)
         self._renewed = due
+
+    def _keep(self, policy: dict, path: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            np.savez(file, **{name: np.asarray(leaf) for name, leaf in paths(policy).items()})
+        part.replace(path)
+        saved = self.settings.checkpoint.every_steps // (self.config.minibatches * self.config.epochs)
+        for old in self.folder.glob("*.npz"):
+            if saved and int(old.stem) < int(path.stem) - self.config.reference_every - 2 * saved:
+                old.unlink()
 
     def _score(self, variables: dict, batch: Batch) -> np.ndarray:
         return np.asarray(rollouts.in_parts(self._scores, variables, batch, self.config.minibatches))

@@ -1,7 +1,8 @@
 """What a policy says of its questions, as the batches of the one training loop.
 
 A batch of Q questions with G samples each becomes `epochs` times `minibatches` updates. What an update learns of its
-samples besides their tokens is given: from rewards (reinforce.py), or from a teacher (on_policy.py).
+samples besides their tokens is given: from rewards (reinforce.py), or from a teacher (on_policy.py). Of several
+processes the first draws and judges for all; each scores all rows, and trains on those of its devices.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import numpy as np
 
 from research import config
 from research.data.packing import Batch
+from research.data.pipeline import Share
 from research.data.tokenizer import Tokenizer
 from research.decoding.generate import Decoder, check_request
 from research.decoding.sampling import Sampling
@@ -25,6 +27,7 @@ from research.distillation.verify import Checker
 from research.errors import RequestError
 from research.interop.weights import initial_variables
 from research.model.build import make_model
+from research.parallel import hosts
 
 _MULTIPLE = 8  # of a row's length
 
@@ -46,6 +49,7 @@ class Rollouts:
 
     validation_documents = ()
     gzip_bits_per_byte, validation_bytes = None, 0
+    share: Share | None = None  # None: all of every batch
     validation = SimpleNamespace(targets=0)
 
     def __init__(self, problems: Sequence[Problem], tokenizer: Tokenizer, template: Template, checker: Checker,
@@ -77,6 +81,11 @@ class Rollouts:
         except ValueError as error:
             raise RequestError(f"config.reinforcement: {whose}{error}") from None
 
+    def shared(self, share: Share) -> "Rollouts":
+        """The rollouts as one of several processes reads them."""
+        self.share = share
+        return self
+
     def train_batches(self, settings: Any) -> Batches:
         """What the updates read, from the first on; settings: the run's own, whose vocabulary is known."""
         model = make_model(settings)
@@ -98,6 +107,9 @@ class Rollouts:
             self._drawn = self._draw(number, _on_one(state["params"], state["routing"]))
         rows = len(self._drawn["tokens_BT"]) // pieces
         start = update % pieces * rows
+        if self.share:
+            own = self.share.rows(np.arange(start, start + rows))
+            return self.share.whole({name: array[own] for name, array in self._drawn.items()})
         return {name: array[start:start + rows] for name, array in self._drawn.items()}
 
     def _draw(self, number: int, policy: dict) -> Batch:
@@ -106,16 +118,21 @@ class Rollouts:
         chosen = [problem for problem in _in_turn(self.problems, number * questions, questions, seed)
                   for _ in range(size)]
         self.decoder.take(policy)
-        said = self.decoder.generate(
-            [self.prompts[problem.digest] for problem in chosen], self.config.max_tokens,
-            Sampling(self.config.temperature), self.config.draft_tokens, seed=_seed(seed, number),
-            ends=self.tokenizer.end_ids)
-        right_B, formed_B = (np.array(found) for found in zip(*map(self._judged, chosen, said.tokens), strict=True))
-        batch = self._rows(chosen, said.tokens) | {"right_B": right_B, "formed_B": formed_B}
-        if self.config.draft_tokens:  # known of all rows together
+
+        def draw() -> list:
+            said = self.decoder.generate(
+                [self.prompts[problem.digest] for problem in chosen], self.config.max_tokens,
+                Sampling(self.config.temperature), self.config.draft_tokens, seed=_seed(seed, number),
+                ends=self.tokenizer.end_ids)
             in_vain = said.steps + said.drafted - sum(len(row) - 1 for row in said.tokens)
-            batch |= {name: np.full(len(chosen), value, np.float32) for name, value in (
-                ("acceptance_B", sum(said.accepted) / max(said.drafted, 1)), ("in_vain_B", in_vain / len(chosen)))}
+            return [said.tokens, [*map(self._judged, chosen, said.tokens)],
+                    {"acceptance_B": sum(said.accepted) / max(said.drafted, 1), "in_vain_B": in_vain / len(chosen)}]
+
+        rows, judged, drafts = hosts.from_all(draw() if hosts.is_first() else None)[0]
+        right_B, formed_B = (np.array(found) for found in zip(*judged, strict=True))
+        batch = self._rows(chosen, rows) | {"right_B": right_B, "formed_B": formed_B}
+        if self.config.draft_tokens:  # known of all rows together
+            batch |= {name: np.full(len(chosen), value, np.float32) for name, value in drafts.items()}
         return batch | self.scoring.scored(number, policy, batch)
 
     def _judged(self, problem: Problem, row: Sequence[int]) -> tuple[bool, bool]:
@@ -142,8 +159,10 @@ class Rollouts:
     def evaluate(self, _, state: Any, __, settings: Any, batches: int | None) -> dict:
         """Greedy answers to held-out problems, as `training.evaluation.evaluate` is called: {`loss`: the share that is
         wrong, `accuracy`, `tokens`: of a response}. batches: of `evaluation.batch_size` problems, None: all."""
-        size = settings.evaluation.batch_size
         self.decoder.take(_on_one(state["params"] if state["ema"] is None else state["ema"], state["routing"]))
+        return hosts.from_first(lambda: self._answered(settings.evaluation.batch_size, batches))
+
+    def _answered(self, size: int, batches: int | None) -> dict:
         right, tokens = [], []
         for start in range(0, len(self.held_out), size)[:batches]:
             problems = self.held_out[start:start + size]
@@ -169,8 +188,11 @@ def settings_of(model: Any, reinforcement: Any, steps: int, start: str, **optimi
 
 
 def _on_one(params, routing) -> dict:
-    """A policy on the first device, which draws and scores alone, whatever mesh it may be trained on."""
-    return jax.device_put({"params": params, "routing": routing}, jax.local_devices()[0])
+    """A policy on the first device, of each process, which draws and scores alone, whatever mesh trains it."""
+    policy = {"params": params, "routing": routing}
+    if hosts.several():
+        policy = hosts.whole(policy, jax.tree.leaves(params)[0].sharding.mesh)
+    return jax.device_put(policy, jax.local_devices()[0])
 
 
 def told(batch: Batch) -> dict:

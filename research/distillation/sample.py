@@ -1,9 +1,12 @@
 """Responses of a model to problems: several of each, a JSON line each, continued where a killed run has stopped."""
 
 import dataclasses
+import hashlib
+import itertools
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from research.distillation import made
 from research.distillation.tasks import Problem
 from research.distillation.template import Template
 from research.errors import RequestError
+from research.parallel import hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +56,11 @@ def sample(path: Path, problems: Sequence[Problem], decoder: Decoder, tokenizer,
     record: what they are made with, for `made.continued`.
 
     A line is whole or absent, and on the disk when its batch is done. Killed and called again, with the same
-    arguments, it leaves what it would have left: a batch depends on the plan and on its place alone. Returns what was
-    done now: {`samples`, `tokens`, `seconds`, `tokens_per_second`, `drafted`, `accepted`}, the seconds without
-    compilation, the drafts with those beyond the end of a text. Raises RequestError for a problem that the model
-    cannot take, and for a file with other problems' samples, or of another record.
+    arguments, it leaves what it would have left: a batch depends on the plan and on its place alone. So do several
+    processes: each draws a batch at a time, and the first writes them all. Returns what was done now: {`samples`,
+    `tokens`, `seconds`, `tokens_per_second`, `drafted`, `accepted`}, the seconds without compilation, the drafts with
+    those beyond the end of a text. Raises RequestError for a problem that the model cannot take, and for a file with
+    other problems' samples, or of another record.
     """
     if not problems:
         raise RequestError("there is no problem to sample")
@@ -66,31 +71,41 @@ def sample(path: Path, problems: Sequence[Problem], decoder: Decoder, tokenizer,
         check_request(decoder.model, list(prompts.values()), plan.max_tokens, plan.draft_tokens)
     except ValueError as error:
         raise RequestError(f"config.sampling: {error}") from None
-    done = _continued(path, wanted)
-    made.continued(path, record)
-    written, tokens, seconds, drafted, accepted = 0, 0, 0.0, 0, 0
-    with path.open("a", encoding="utf-8") as file:
-        for start in range(0, len(wanted), plan.batch_size):
-            if done >= min(start + plan.batch_size, len(wanted)):
-                continue
-            batch = wanted[start:start + plan.batch_size]
-            padded = batch + batch[-1:] * (plan.batch_size - len(batch))  # another number of rows is compiled anew
-            began = time.perf_counter()
-            found = decoder.generate([prompts[problem.digest] for problem, _ in padded], plan.max_tokens, plan.sampling,
-                                     plan.draft_tokens, seed=_seed(plan.seed, start), ends=tokenizer.end_ids)
-            seconds += time.perf_counter() - began - found.compile_seconds
-            drafted, accepted = drafted + found.drafted, accepted + sum(found.accepted)
-            for place, ((problem, number), row) in enumerate(zip(batch, found.tokens, strict=False), start=start):
-                if place < done:
-                    continue
-                ended = row[-1] in tokenizer.end_ids
-                line = Sample(problem.digest.hex(), number, tokenizer.decode(row), len(row), ended)
-                file.write(json.dumps(dataclasses.asdict(line), ensure_ascii=False) + "\n")
-                written, tokens = written + 1, tokens + len(row)
-            file.flush()
-            os.fsync(file.fileno())
-    return {"samples": written, "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9),
-            "drafted": drafted, "accepted": accepted}
+    size = plan.batch_size
+
+    def begin() -> int:
+        done = _continued(path, wanted)
+        made.continued(path, record)
+        return done
+
+    def drawn(start: int) -> dict[str, Any]:
+        """The lines that the batch from `start` on still lacks, and what they took."""
+        batch = wanted[start:start + size]
+        padded = batch + batch[-1:] * (size - len(batch))  # another number of rows is compiled anew
+        began = time.perf_counter()
+        found = decoder.generate([prompts[problem.digest] for problem, _ in padded], plan.max_tokens, plan.sampling,
+                                 plan.draft_tokens, seed=_seed(plan.seed, start), ends=tokenizer.end_ids)
+        seconds = time.perf_counter() - began - found.compile_seconds
+        lines = [Sample(problem.digest.hex(), number, tokenizer.decode(row), len(row), row[-1] in tokenizer.end_ids)
+                 for (problem, number), row in zip(batch, found.tokens, strict=False)][max(done - start, 0):]
+        return {"lines": [*map(dataclasses.asdict, lines)], "tokens": sum(line.tokens for line in lines),
+                "seconds": seconds, "drafted": found.drafted, "accepted": sum(found.accepted)}
+
+    hosts.agree({"problems": hashlib.blake2b(b"".join(prompts)).hexdigest()}, "task")
+    done, (place, processes) = hosts.from_first(begin), hosts.place()
+    missing = [start for start in range(0, len(wanted), size) if done < min(start + size, len(wanted))]
+    sums: Counter = Counter()
+    for starts in itertools.batched(missing, processes):  # one for each process
+        told = hosts.from_all(drawn(starts[place]) if place < len(starts) else {})[:len(starts)]
+        if hosts.is_first():
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for one in told for line in one["lines"])
+                file.flush()
+                os.fsync(file.fileno())
+        sums.update({name: sum(one[name] for one in told) for name in ("tokens", "drafted", "accepted")})
+        sums.update(samples=sum(len(one["lines"]) for one in told), seconds=max(one["seconds"] for one in told))
+    found = {name: sums[name] for name in ("samples", "tokens", "seconds", "drafted", "accepted")}
+    return found | {"tokens_per_second": found["tokens"] / max(found["seconds"], 1e-9)}
 
 
 def drafting(found: dict) -> str:

@@ -13,6 +13,7 @@ fields stands beside it (`made.py`).
 import contextlib
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,27 +34,33 @@ from research.errors import RequestError
 from research.experiment import flatten
 from research.files import write_whole
 from research.interop.weights import checked_weights, read_settings
-from research.parallel import mesh
+from research.parallel import hosts, mesh
 from research.training.checkpoint import Checkpoints
 from research.training.workdir import owned
 
 
 def run(settings: Settings, workdir: Path, stages: Sequence[str]) -> str:
-    """Runs stages one after another; returns what to print. Raises RequestError, RunError, Stopped."""
+    """Runs stages one after another; returns what to print. Raises RequestError, RunError, Stopped.
+
+    Of several processes each goes through all of this: they train together, sample a batch each, and the first alone
+    checks, estimates and writes.
+    """
     with contextlib.ExitStack() as stack:
         stack.enter_context(owned(workdir))
         pipeline = Pipeline(settings, workdir, stack.enter_context(Checker(settings.checker_timeout)))
-        pipeline.check(stages)
+        with hosts.refused_alike():
+            pipeline.check(stages)
+        hosts.last_words(lambda: f"what is done is in {workdir}")
         environment.pin_threads()
         path = workdir / "config.json"
         before = path.read_text("utf-8") if path.exists() else ""
-        _write_config(settings, path)
+        hosts.from_first(lambda: _write_config(settings, path))
         said = []
         for stage in stages:
             try:
                 said.append(getattr(pipeline, stage)())
             except RequestError:
-                if not said:  # nothing was done with these fields
+                if not said and hosts.is_first():  # nothing was done with these fields
                     if before:
                         write_whole(path, before)
                     else:
@@ -125,18 +132,21 @@ class Pipeline:
         said = "all were there" if not found["samples"] else (
             f"{found['samples']:,} now, {found['tokens']:,} tokens, {found['tokens_per_second']:,.0f} tokens/s"
             + drafting(found))
-        if found["samples"]:
+        if found["samples"] and hosts.is_first():
             _add(self.workdir / "sampling.json", found | {"from": str(self.trainer.sampled)})
         return f"samples: {path}: {len(self.trainer.asked) * s.samples:,}, of which {said}"
 
     def verify(self) -> str:
         """What of the samples is right, and fit to be taught, in DIR/verified.jsonl."""
+        return hosts.from_first(self._verify)
+
+    def _verify(self) -> str:
         samples = read(self.workdir / "samples.jsonl")
-        problems, failed = self.trainer.problems[0], dict(self.checker.failures)
+        problems, before = self.trainer.problems[0], Counter(self.checker.failures)
         found = rejection.verify(samples, problems, self.checker, self.settings.rejection)
         rejection.write(self.workdir / "verified.jsonl", found, problems)
         made.write(self.workdir / "verified.jsonl", self.trainer.record("verified"))
-        failures = {name: count - failed.get(name, 0) for name, count in self.checker.failures.items()}
+        failures = dict(self.checker.failures - before)
         write_whole(self.workdir / "verification.json", json.dumps(
             {"counts": found.counts, "checker_failures": failures, "pass_rate": found.pass_rate}, indent=1) + "\n")
         counts = ", ".join(f"{count:,} {name}" for name, count in found.counts.items() if count)
@@ -152,8 +162,12 @@ class Pipeline:
         s = self.settings
         problems = self.trainer.problems[1][:s.evaluation.problems or None]
         found = {name: self._evaluated(folder, name, problems) for name, folder in self._evaluated_folders.items()}
-        evaluate.write(self.workdir, s, found, len(problems))
-        return f"{evaluate.table(found, s.evaluation)}\n\nreport: {self.workdir / 'report.md'}"
+
+        def report() -> str:
+            evaluate.write(self.workdir, s, found, len(problems))
+            return f"{evaluate.table(found, s.evaluation)}\n\nreport: {self.workdir / 'report.md'}"
+
+        return hosts.from_first(report)
 
     @property
     def _evaluated_folders(self) -> dict[str, Path]:
@@ -220,9 +234,9 @@ class Pipeline:
         plans = {"sampled": plan}
         if e.greedy:
             plans["greedy"] = dataclasses.replace(plan, samples=1, sampling=Sampling())
-        found = {}
+        paths = {kind: Path(f"{stem}.{kind}.jsonl") for kind in plans}
         for kind, one in plans.items():
-            path, chosen = Path(f"{stem}.{kind}.jsonl"), one.sampling
+            path, chosen = paths[kind], one.sampling
             record = self.trainer.record("evaluation") | whose | {
                 "evaluation.samples": one.samples, "evaluation.temperature": chosen.temperature,
                 "evaluation.top_p": chosen.top_p}
@@ -230,8 +244,12 @@ class Pipeline:
                 sample(path, problems, decoder, tokenizer, tokenizer.start_ids, self.settings.template, one, record)
             except RequestError as error:
                 raise RequestError(str(error).replace("config.sampling", "config.evaluation")) from None
-            found[kind] = read(path)
-        return evaluate.estimates(found, problems, self.checker) | evaluate.facts(folder, settings, step)
+
+        def estimates() -> dict:
+            found = {kind: read(path) for kind, path in paths.items()}
+            return evaluate.estimates(found, problems, self.checker) | evaluate.facts(folder, settings, step)
+
+        return hosts.from_first(estimates)
 
 
 def _check_folder(name: str, folder: str) -> None:

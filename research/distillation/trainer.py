@@ -22,6 +22,7 @@ from research.distillation.tasks import Problem
 from research.distillation.verify import Checker
 from research.errors import RequestError
 from research.interop.weights import checked_weights
+from research.parallel import hosts
 from research.training import loop
 from research.training.checkpoint import Checkpoints
 from research.training.metrics import read_lines
@@ -212,8 +213,12 @@ class Trainer:
     def _done(self, folder: str, steps: int) -> bool:
         """Whether a run stands at its last step, evaluated."""
         path = self.workdir / folder
-        evaluated = [line["step"] for line in read_lines(path / "metrics.jsonl") if line["split"] == "validation"]
-        if steps not in evaluated or Checkpoints(path / "checkpoints", 1, 0).newest_intact() != steps:
+
+        def done() -> bool:
+            evaluated = [line["step"] for line in read_lines(path / "metrics.jsonl") if line["split"] == "validation"]
+            return steps in evaluated and Checkpoints(path / "checkpoints", 1, 0).newest_intact() == steps
+
+        if not hosts.from_first(done):
             return False
         logging.info("%s: all %d steps are done", path, steps)
         made.kept(path, self.settings.fields)

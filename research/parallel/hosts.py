@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from absl import logging
+from absl import flags, logging
 
 from research import command
 from research.errors import RequestError, RunError
@@ -26,10 +26,28 @@ from research.errors import RequestError, RunError
 _SECONDS_TO_MEET = 300
 _SECONDS_TO_LEAVE = 15  # that a process which ends with an error grants the others to end with it
 _KEYS = itertools.count()  # all processes ask for the same things in the same order
+_told: list[str] = []  # keys that this process has set and others may still read
 _client = None  # of the coordination service; None in a process alone
 _process, _processes = 0, 1
 _newest: Callable[[], str] | None = None  # says which checkpoint is the last, for a process that cannot go on
 _gone = False  # a collective has failed: another process is no more
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of a command of which several processes can be one run, for `join_by`."""
+    flags.DEFINE_string(
+        "coordinator_address", None, "HOST:PORT of process 0, where all processes of the run meet.", values)
+    flags.DEFINE_integer("num_processes", None, "How many processes the run has; 1: no others, whatever a launcher "
+                         "says.", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.", flag_values=values)
+    flags.DEFINE_integer("heartbeat_timeout_seconds", 30, "A process that gives no sign of life for so long is lost, "
+                         "and the run ends.", flag_values=values)
+
+
+def join_by(values: flags.FlagValues) -> None:
+    """`join`, as the flags of `define_flags` say."""
+    join(*(values[name].value for name in (
+        "coordinator_address", "num_processes", "process_id", "heartbeat_timeout_seconds")))
 
 
 def launcher(environment: Mapping[str, str] = os.environ) -> str:
@@ -134,6 +152,11 @@ def several() -> bool:
     return _processes > 1
 
 
+def place() -> tuple[int, int]:
+    """Which of the run's processes this is, from 0, and how many there are."""
+    return _process, _processes
+
+
 def is_first() -> bool:
     """Whether this is the process that writes what is written once."""
     return _process == 0
@@ -148,9 +171,9 @@ def from_first(function: Callable[[], Any]) -> Any:
         try:
             value = function()
         except RequestError as error:
-            _client.key_value_set(key, json.dumps({"error": str(error)}))
+            _tell(key, {"error": str(error)})
             raise
-        _client.key_value_set(key, json.dumps({"value": value}))
+        _tell(key, {"value": value})
         return value
     told = json.loads(_wait_for(key))
     if "error" in told:
@@ -201,8 +224,18 @@ def from_all(value: Any) -> list:
     if not several():
         return [value]
     folder = f"parsimony/{next(_KEYS)}/"
-    _client.key_value_set(f"{folder}{_process}", json.dumps(value))
-    return [json.loads(_wait_for(f"{folder}{number}")) for number in range(_processes)]
+    earlier = [*_told]
+    _tell(f"{folder}{_process}", value)
+    found = [json.loads(_wait_for(f"{folder}{number}")) for number in range(_processes)]
+    for key in earlier:  # all are here, and so have read what was told before
+        _client.key_value_delete(key)
+        _told.remove(key)
+    return found
+
+
+def _tell(key: str, value: Any) -> None:
+    _client.key_value_set(key, json.dumps(value))
+    _told.append(key)
 
 
 def _wait_for(key: str, seconds: float = float("inf")) -> str:
@@ -235,8 +268,10 @@ class Share:
     def whole(self, batch):
         """The global arrays of a batch of which this process has read its rows."""
         import jax
+        import numpy as np
 
-        return {name: jax.make_array_from_process_local_data(self._sharding, rows) for name, rows in batch.items()}
+        return {name: jax.make_array_from_process_local_data(self._sharding, np.asarray(rows))
+                for name, rows in batch.items()}
 
 
 def whole(tree, mesh):
@@ -245,8 +280,13 @@ def whole(tree, mesh):
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    copied = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))(tree)
+    copied = jax.jit(_same, out_shardings=NamedSharding(mesh, P()))(tree)
     return jax.tree.map(lambda x: x.addressable_data(0), copied)
+
+
+def _same(tree):
+    """One function for all calls of `whole`: a tree of the same shapes is compiled once."""
+    return tree
 
 
 class Stops:

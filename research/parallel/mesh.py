@@ -25,9 +25,7 @@ def make_mesh(settings, devices=None) -> Mesh | None:
     """
     sizes, devices = _sizes(settings), devices or jax.devices()
     needed = math.prod(sizes.values())
-    if hosts.several() and needed != len(devices):
-        raise RequestError(f"config.{_product(sizes)} takes {needed} device{'s' if needed > 1 else ''}: several "
-                           f"processes use all they have, {len(devices)} {devices[0].platform} devices")
+    _check_all_used(sizes, devices)
     if needed == 1:
         return None
     check(settings)
@@ -37,12 +35,20 @@ def make_mesh(settings, devices=None) -> Mesh | None:
 
 
 def check_devices(settings, devices) -> None:
-    """RequestError where the mesh takes more than these."""
+    """RequestError where the mesh takes more than these, or, of several processes, fewer."""
     sizes = _sizes(settings)
     needed = math.prod(sizes.values())
+    _check_all_used(sizes, devices)
     if needed > len(devices):
         raise RequestError(f"config.{_product(sizes)} needs {needed} devices: {len(devices)} {devices[0].platform} "
                            f"device{'s are' if len(devices) > 1 else ' is'} present")
+
+
+def _check_all_used(sizes: dict[str, int], devices) -> None:
+    needed = math.prod(sizes.values())
+    if hosts.several() and needed != len(devices):
+        raise RequestError(f"config.{_product(sizes)} takes {needed} device{'s' if needed > 1 else ''}: several "
+                           f"processes use all they have, {len(devices)} {devices[0].platform} devices")
 
 
 def abstract_mesh(settings) -> AbstractMesh | None:

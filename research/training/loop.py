@@ -1,7 +1,6 @@
 """The one training loop."""
 
 import contextlib
-import dataclasses
 import math
 import socket
 import time
@@ -224,18 +223,17 @@ def evaluate_weights(settings, folder: Path) -> dict:
 
 
 def load_shared(settings, tokenizer: Tokenizer | None = None):
-    """The corpus, which the first process tokenizes where the cache is shared; all make sure that it is the same."""
+    """The corpus, which the first process tokenizes where the cache is shared."""
     with hosts.first_alone():
-        corpus = load_corpus(settings, tokenizer)
-    hosts.agree({"corpus": corpus.corpus_hash, "tokenizer": corpus.tokenizer.hash}, "text")
-    return corpus
+        return load_corpus(settings, tokenizer)
 
 
 def shared_out(corpus, model, settings):
-    """The corpus, of whose batches each of several processes reads the rows of its own devices."""
+    """The corpus, of whose batches each of several processes reads the rows of its own devices: the same for all."""
     if not hosts.several():
         return corpus
-    return dataclasses.replace(corpus, share=hosts.Share(shardings_of(model, settings).batch))
+    hosts.agree({"corpus": corpus.corpus_hash, "tokenizer": corpus.tokenizer.hash}, "text")
+    return corpus.shared(hosts.Share(shardings_of(model, settings).batch))
 
 
 def gathered(state):

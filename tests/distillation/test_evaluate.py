@@ -48,6 +48,21 @@ def test_equal_answers_vote_together(check, reference, answers, cons):
         assert evaluate.estimates({"sampled": lines}, [problem], checker)["cons_at_k"] == cons
 
 
+def test_answers_that_the_checker_failed_on_are_counted_and_told():
+    class Failing(Checker):
+        def judged(self, *_):
+            self._failed("timeout", "no verdict", "", "")
+            return False
+
+    problem, checker = Problem("?", "7", "", "latex", "a"), Failing(1.0)
+    checker.failures["crash"] = 3  # of earlier answers
+    counts = evaluate.estimates({"sampled": [said(problem, n, "x", 1) for n in range(2)]}, [problem], checker)
+    assert counts["checker_failures"] == {"timeout": 2} and counts["pass_at_1"]["value"] == 0
+    told, = evaluate._failures(counts["checker_failures"], "answers of base")
+    assert told == "The checker failed on answers of base, which count as wrong: 2 timeout.\n"
+    assert evaluate._failures({}, "samples") == []
+
+
 def test_a_rollouts_operations_are_counted_with_the_updates(tmp_path):
     s = tiny.settings(tiny.DENSE)
     lines = [{"step": 1, "split": "train", "tokens": 100, "forward_tokens": 60, "teacher_flops": 3e9},

@@ -39,7 +39,8 @@ DISPATCHED = "tensor and expert"  # as training dispatches; the definition, else
 
 
 def run(name: str) -> dict:
-    """Metrics of every step; the first step's gradients (Adam's first moments); the state after the last step."""
+    """Metrics of every step, the last of them of fine-tuning; the first step's gradients (Adam's first moments); the
+    state after the last step."""
     import numpy as np
 
     from research.parallel.mesh import make_mesh
@@ -58,8 +59,8 @@ def run(name: str) -> dict:
     state = init_state(model, s, variables)
     step = make_train_step(model, s).lower(state, tiny.batch(rows)).compile()
     metrics, gradients = [], None
-    for number in range(STEPS):
-        state, found = step(state, tiny.batch(rows, seed=number))
+    for batch in (*(tiny.batch(rows, seed=number) for number in range(STEPS)), worked_solutions(s)):
+        state, found = step(state, batch)
         metrics.append({key: np.asarray(value).tolist() for key, value in found.items()})
         if gradients is None:
             gradients = {path: np.asarray(x).tolist() for path, x in paths(state["optimizer"][0].mu).items()}
@@ -71,6 +72,20 @@ def run(name: str) -> dict:
         "program": step.as_text(),
         "held": {path: x.addressable_shards[0].data.shape for path, x in paths(state["params"]).items()},
     }
+
+
+def worked_solutions(s) -> dict:
+    """A batch as a teacher's cold start reads it: packed, and of each example the response alone has targets."""
+    from types import SimpleNamespace
+
+    import numpy as np
+
+    from research.distillation.finetune import Examples
+
+    digits = SimpleNamespace(start_ids=(1,), eos_id=2, pad_id=0, hash="",
+                             encode=lambda text: np.array([int(digit) + 3 for digit in text]))
+    pairs = [(str(n), str(n) * (1 + n % 4)) for n in range(60)]
+    return Examples(pairs, digits, s).train_batches(s).take(None)
 
 
 def donated(step, state) -> list[int]:
@@ -267,42 +282,73 @@ def evaluated() -> list[dict]:
     return found
 
 
-def reinforced(**sizes) -> list[dict]:
-    """Metrics of the updates of a policy, two of the first batch that it draws and one of the next; what has an even
-    sum is right."""
+def distilled(folder: Path) -> dict:
+    """{how a small dense model learns: [what one device says, and data 4 x tensor 2]}: metrics of every step, the
+    weights after the last one, and how many targets of the first batch each quarter of its rows has.
+
+    Fine-tuned on pairs, on a teacher's stored likeliest tokens, on policy, and reinforced: two updates of the first
+    batch that it draws, and one of the next; what has an even sum is right.
+    """
     from functools import partial
-    from types import SimpleNamespace
 
     import numpy as np
 
+    from experiments import base
     from research.data.tokenizer import Tokenizer, _bytes
-    from research.distillation import reinforce, rollouts
+    from research.decoding.generate import Decoder
+    from research.distillation import imitate, on_policy, reinforce, rollouts
+    from research.distillation.finetune import Examples
     from research.distillation.tasks import Problem
     from research.distillation.template import TEMPLATES
     from research.distillation.verify import Checker
     from research.model.build import make_model
     from research.parallel.mesh import make_mesh
-    from research.training.step import init_state, make_train_step
+    from research.training.step import init_state, loss_of, make_train_step
+    from research.tree import paths
     from tests import tiny
 
-    config = SimpleNamespace(questions=4, group_size=4, minibatches=1, epochs=2, max_tokens=8, temperature=1.0,
-                             form="token", clip=0.2, kl_weight=0.1, reference_every=0, draft_tokens=0)
-    s = tiny.settings(tiny.DENSE | {"model.vocab_size": 320, "model.num_hidden_layers": 1, "training.batch_size": 16,
-                                    "training.ema_decay": 0.5, "data.validation_fraction": 0.1}
-                      | {f"mesh.{axis}": size for axis, size in sizes.items()})
-    _, variables = tiny.model(s)
-    rollouts.initial_variables = lambda *_: variables
+    c, template, tokenizer = base.get_distillation_config(), TEMPLATES["plain"], Tokenizer(_bytes())
+    c.reinforcement.update(dict(questions=4, group_size=4, epochs=2, max_tokens=8, kl_weight=0.1))
+    fields = tiny.DENSE | {"model.vocab_size": 320, "model.num_hidden_layers": 1, "training.batch_size": 16,
+                           "training.ema_decay": 0.5, "data.validation_fraction": 0.1, "data.sequence_length": 40}
+    s = tiny.settings(fields)
+    (model, variables), (_, teacher) = (tiny.model(s, seed) for seed in (0, 1))
+    decoder = Decoder(model, variables)
+    rollouts.initial_variables, rollouts.Decoder = lambda *_: variables, lambda *_: decoder  # compiled once
     problems = [Problem(f"{n}?", "", "", "numeric", "") for n in range(9)]
-    drawn = rollouts.Rollouts(problems, Tokenizer(_bytes()), TEMPLATES["plain"], Checker(1.0), config, s,
-                              reinforce.Rewards(config, s, None))
-    drawn._judged = lambda problem, row: (sum(row) % 2 == 0, True)
-    model, batches, found = make_model(s, make_mesh(s)), drawn.train_batches(s), []
-    state = init_state(model, s, variables)
-    step = make_train_step(model, s, partial(reinforce.policy_loss, reinforcement=config))
-    for _ in range(3):
-        state, metrics = step(state, batches.take(state))
-        found.append({name: np.asarray(value).tolist() for name, value in metrics.items()})
-    return found
+
+    def examples():
+        return Examples([(template.prompt(f"{n}?"), str(n) * (1 + n % 5)) for n in range(40)], tokenizer, s)
+
+    def drawn(scoring):
+        found = rollouts.Rollouts(problems, tokenizer, template, Checker(1.0), c.reinforcement, s, scoring)
+        found._judged = lambda problem, row: (sum(row) % 2 == 0, True)
+        return found
+
+    scored = on_policy.Teacher(model, s, teacher, 1)
+    ways = {
+        "fine-tuned": (examples(), loss_of),
+        "logits": (examples(), partial(imitate.imitation_loss, logits=c.logits)),
+        "on policy": (drawn(scored), partial(on_policy.on_policy_loss, on_policy=c.on_policy,
+                                             reinforcement=c.reinforcement, teacher_flops=scored.flops_per_token)),
+        "reinforced": (drawn(reinforce.Rewards(c.reinforcement, s, folder)),
+                       partial(reinforce.policy_loss, reinforcement=c.reinforcement)),
+    }
+    rows = ways["logits"][0]
+    rows.kept = imitate.store(folder / "logits", rows, model, s, teacher, c.logits, 16, "seed 1")
+
+    def run(corpus, loss, **sizes):
+        s = tiny.settings(fields | {f"mesh.{axis}": size for axis, size in sizes.items()})
+        model, batches, found = make_model(s, make_mesh(s)), corpus.train_batches(s), {"metrics": []}
+        state, step = init_state(model, s, variables), make_train_step(model, s, loss)
+        for _ in range(STEPS):
+            batch = batches.take(state)
+            found.setdefault("targets", batch["mask_BT"].reshape(4, -1).sum(axis=1).tolist())
+            state, metrics = step(state, batch)
+            found["metrics"].append({name: np.asarray(value).tolist() for name, value in metrics.items()})
+        return found | {"weights": {path: np.asarray(x).tolist() for path, x in paths(state["params"]).items()}}
+
+    return {how: [run(*way), run(*way, data=4, tensor=2)] for how, way in ways.items()}
 
 
 def decoded(folder: Path) -> dict:
@@ -433,7 +479,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         json.dump({name: run(name) for name in MESHES} | {
             "restored": restored(Path(folder)), "placed": placed(Path(folder)), "ragged": ragged(),
-            "evaluated": evaluated(), "reinforced": [reinforced(), reinforced(data=4, tensor=2)],
-            "dispatched": dispatched(), "decoded": decoded(Path(folder)),
+            "evaluated": evaluated(), "distilled": distilled(Path(folder)), "dispatched": dispatched(),
+            "decoded": decoded(Path(folder)),
             "in 8 bits": [in_8_bits("none"), in_8_bits("layer", data=2, fsdp=2, expert=2)]}, sys.stdout)
     copied_whole()

@@ -7,6 +7,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,6 +26,22 @@ MESHES = {  # of two devices: what they share, and what one device computes too
     "experts": ({"mesh.expert": 2}, SHAPE),
     "stages": ({"mesh.pipeline": 2, "training.pipeline_schedule": "zero_bubble"},
                SHAPE | tiny.DENSE | {"training.accumulation_steps": 2}),
+}
+PIPELINE = {f"{name}.{field}": value for name in ("teacher", "student") for field, value in {
+    "model.attention": "gqa", "model.n_routed_experts": 0, "model.num_hidden_layers": 1, "model.hidden_size": 16,
+    "model.intermediate_size": 16, "model.num_attention_heads": 2, "model.head_dim": 8, "model.num_key_value_heads": 1,
+    "model.attention_implementation": "reference", "model.max_position_embeddings": 128, "model.initializer_range": 0.2,
+    "mtp.num_nextn_predict_layers": 0, "data.tokenizer": "bytes", "data.sequence_length": 72, "training.steps": 3,
+    "training.batch_size": 4, "evaluation.batch_size": 4, "checkpoint.every_steps": 0,
+}.items()} | {
+    "method": "reinforced", "task.count": 60, "task.operations": 1, "cold_start.problems": 40,
+    "cold_start.student_steps": 3, "reinforcement.teacher_steps": 0, "reinforcement.student_steps": 4,
+    "reinforcement.questions": 2, "reinforcement.group_size": 2, "reinforcement.max_tokens": 8,
+    "reinforcement.epochs": 2, "reinforcement.reference_every": 1,
+    "sampling.problems": 5, "sampling.samples": 2, "sampling.batch_size": 4, "sampling.max_tokens": 8,
+    "sampling.temperature": 1.0, "sampling.top_p": 1.0, "evaluation.problems": 3, "evaluation.samples": 2,
+    "evaluation.batch_size": 4, "evaluation.max_tokens": 8, "evaluation.temperature": 1.0, "evaluation.top_p": 1.0,
+    "evaluation.greedy": False,
 }
 FOUR = {"mesh.data": 2, "mesh.expert": 2}  # of four devices, with the shape of "experts"
 
@@ -90,8 +107,25 @@ def pair(number: int, folders: Path) -> dict:
         stop.code = code
         votes.append((stop.agreed(stop.asked()), stop.code))
     found["torn"] = refusal(lambda: read(folders / "torn"))
+    found["distilled"] = distilled(folders / "distilled", 2)
     return found | {"votes": votes, "read": read(folders / "whole"),
                     "steps": {name: steps(*fields) for name, fields in MESHES.items()}}
+
+
+def distilled(workdir: Path, data: int) -> str:
+    """What research.distill says of all stages, over so many devices; to a policy what has an even sum is right."""
+    from unittest import mock
+
+    from experiments import base
+    from research.distill import STAGES
+    from research.distillation import evaluate, rollouts, settings, stages
+
+    c = base.get_distillation_config()
+    c.update_from_flattened_dict(PIPELINE | {"teacher.mesh.data": data, "student.mesh.data": data})
+    with (mock.patch.object(rollouts.Rollouts, "_judged", lambda _, problem, row: (sum(row) % 2 == 0, True)),
+          mock.patch.object(evaluate, "_pictures", lambda *_: [])):
+        said = stages.run(settings.check(c), workdir, STAGES)
+    return re.sub(r"\d+ tokens/s", "", said.replace(str(workdir), "DIR"))
 
 
 def read(folder: Path) -> dict:

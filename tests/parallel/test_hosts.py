@@ -152,7 +152,7 @@ def test_stdout_is_left_to_python():
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """What two processes find, and how the first ends when the second has fallen silent."""
+    """What two processes find, how the first ends when the second has fallen silent, and the folder of both."""
     address, folder = processes.free_address(), tmp_path_factory.mktemp("pair")
     for name in ("whole", "torn"):
         shutil.copytree(FP8_FOLDER, folder / name)
@@ -168,7 +168,7 @@ def pair(tmp_path_factory):
     finally:
         second.kill()
     assert code == 1, said
-    return [json.loads(file.read_text()) for file in files], said
+    return [json.loads(file.read_text()) for file in files], said, folder
 
 
 def test_a_silent_process_ends_the_other_within_the_heartbeat(pair):
@@ -207,6 +207,21 @@ def test_each_process_reads_its_own_experts_of_a_release(pair):
         np.testing.assert_array_equal(found["read"]["held"], up[:, 4 * number:4 * number + 4])
         assert found["torn"].endswith("1 not finite (NaN or infinite values): "
                                       "model.layers.2.mlp.experts.6.up_proj.weight")
+
+
+def test_a_pipeline_of_two_processes_is_that_of_one(pair, tmp_path):
+    """Of research.distill: all samples and answers, and what every model learned, from examples and from rollouts."""
+    said, two = processes.distilled(tmp_path, 1), pair[2] / "distilled"
+    assert [found["distilled"] for found in pair[0]] == [said, said]
+    for model in ("cold_start", "base", "reinforced"):
+        for line, other in zip(runs.lines(tmp_path / model), runs.lines(two / model), strict=True):
+            assert line.keys() == other.keys()
+            for name in line.keys() - {"split"}:
+                np.testing.assert_allclose(other[name], line[name], rtol=2e-4, atol=1e-6, err_msg=f"{model} {name}")
+    assert 0 < runs.lines(two / "reinforced", "train")[0]["accuracy"] < 1
+    names = [path.relative_to(two) for path in two.rglob("*.jsonl") if path.name != "metrics.jsonl"]
+    assert len(names) == 2 + 3  # samples, those that were verified, and the answers of every model
+    assert all((two / name).read_bytes() == (tmp_path / name).read_bytes() for name in names)
 
 
 @functools.cache

@@ -59,8 +59,9 @@ def test_every_gradient_is_that_of_one_device(found, mesh):
 
 @pytest.mark.parametrize("mesh", OTHERS)
 def test_metrics_of_every_step_are_those_of_one_device(found, mesh):
-    """Loads are counted over the whole batch, once: each expert's load is a whole number, so equal or wrong."""
-    assert len(found[mesh]["metrics"]) == STEPS
+    """Of fine-tuning too. Loads are counted over the whole batch, once: each expert's load is a whole number, so equal
+    or wrong."""
+    assert len(found[mesh]["metrics"]) == STEPS + 1
     for one, other in zip(found[alone(mesh)]["metrics"], found[mesh]["metrics"], strict=True):
         assert one.keys() == other.keys()
         for name, expected in one.items():
@@ -80,13 +81,21 @@ def test_the_state_after_several_steps_is_that_of_one_device(found, mesh):
             assert np.linalg.norm(actual - expected) <= 2e-3 * np.linalg.norm(expected), path
 
 
-def test_a_policy_that_draws_its_own_samples_learns_as_on_one_device(found):
-    one, other = found["reinforced"]
-    assert 0 < one[0]["accuracy"] < 1 and one[0]["grad_norm"] > 0 and one[2]["kl"] > 0  # the third update draws anew
-    for expected, actual in zip(one, other, strict=True):
-        assert expected.keys() == actual.keys()
+@pytest.mark.parametrize("how", ["fine-tuned", "logits", "on policy", "reinforced"])
+def test_a_student_learns_as_on_one_device(found, how):
+    """Metrics and weights, where devices have unequal numbers of targets: a mean of their means is another."""
+    one, other = found["distilled"][how]
+    assert len(set(one["targets"])) > 1
+    for expected, actual in zip(one["metrics"], other["metrics"], strict=True):
+        assert expected.keys() == actual.keys() and expected["grad_norm"] > 0
         for name in expected:
             np.testing.assert_allclose(actual[name], expected[name], rtol=2e-4, atol=1e-6, err_msg=name)
+    for path, expected in one["weights"].items():
+        expected, actual = np.asarray(expected), np.asarray(other["weights"][path])
+        assert np.linalg.norm(actual - expected) <= 2e-3 * np.linalg.norm(expected), path
+    if how == "reinforced":
+        first, _, third = one["metrics"]
+        assert 0 < first["accuracy"] < 1 and third["kl"] > 0  # the third update draws anew
 
 
 def test_products_in_8_bits_are_those_of_one_device(found):

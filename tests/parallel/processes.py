@@ -125,7 +125,7 @@ def distilled(workdir: Path, data: int) -> str:
     with (mock.patch.object(rollouts.Rollouts, "_judged", lambda _, problem, row: (sum(row) % 2 == 0, True)),
           mock.patch.object(evaluate, "_pictures", lambda *_: [])):
         said = stages.run(settings.check(c), workdir, STAGES)
-    return re.sub(r"\d+ tokens/s", "", said.replace(str(workdir), "DIR"))
+    return re.sub(r"[\d,]+ tokens/s", "", said.replace(str(workdir), "DIR"))
 
 
 def read(folder: Path) -> dict:

@@ -22,8 +22,10 @@ if root is None:
     address, root = "https://github.com/{repository}", Path("parsimony").absolute()
     if not root.is_dir():
         subprocess.run(["git", "clone", "--depth=1", address, str(root)], check=True)
-    needs = "requirements-gpu.txt" if shutil.which("nvidia-smi") else "requirements.txt"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-r", str(root / needs), "matplotlib"], check=True)
+    lines = (root / "requirements.txt").read_text().splitlines()
+    needs = [line for line in lines if "==" in line and "numpy" not in line]  # Colab's kernel has loaded its own
+    needs += ["jax[cuda12]"] if shutil.which("nvidia-smi") else []  # of Colab's image; 13 asks for a newer driver
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *needs, "matplotlib"], check=True)
 os.chdir(root)
 sys.path.insert(0, str(root))
 

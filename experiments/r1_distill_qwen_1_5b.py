@@ -8,8 +8,8 @@ cosine from 1e-4 to a tenth. Command:
         --config.student.checkpoint.initialize_from=Qwen2.5-Math-1.5B --config.tuning.files=samples.jsonl
 The last reads a user's samples (question, response) and trains R1's student from the base's folder; the others' text.
 `complete` in research/distillation/settings.py says what of the rest of a pipeline is R1's, and what it does not give.
-The 64 rows go one after another through one GPU, and layers are computed again (ours; the paper gives neither): 94.8 GB
-of an H200's 141 by the account (--gpu=H200).
+The 64 rows go one after another through one GPU, and layers are computed again (ours; the paper gives neither): 101.9
+GB of an H200's 141 by the account (--gpu=H200).
 Result: 1.7771B parameters (tests/accounting). The fine-tuning: not yet run.
 """
 

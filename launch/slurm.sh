@@ -6,7 +6,8 @@
 #
 # The words behind the script are those of `python -m research.main`; --nodes, --time and what else your cluster asks for
 # go before it, and change what stands here. The mesh is as large as nodes x GPUs; the workdir is on a disk that all
-# nodes share. The processes find each other by what Slurm tells each of them. PYTHON names another interpreter.
+# nodes share. The processes find each other by what Slurm tells each of them. `make .venv-gpu/ready` makes the
+# environment; PYTHON names another interpreter.
 
 #SBATCH --job-name=parsimony
 #SBATCH --nodes=2

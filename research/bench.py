@@ -104,6 +104,7 @@ def our_steps(experts: int) -> tuple[bench_peer.Step, dict]:
     from research.model.build import make_model
     from research.training.step import init_state, make_train_step
 
+    environment.compute_in_this_thread()
     settings = our_settings(experts)
     model = make_model(settings)
     train_step = make_train_step(model, settings)

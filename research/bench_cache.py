@@ -26,7 +26,7 @@ def read(decoder: Decoder, tokens_BT) -> tuple[np.ndarray, np.ndarray]:
         def one_pass(rows, step):
             position, token_B, next_B = step
             after, _, rows = forward(model, weights, rows, token_B[:, None], jnp.broadcast_to(position, (B, 1)))
-            logits_BV = head(weights, after)[:, 0]
+            logits_BV = head(model, weights, after)[:, 0]
             log_p_BV = jax.nn.log_softmax(logits_BV)
             return rows, (-jnp.take_along_axis(log_p_BV, next_B[:, None], axis=1)[:, 0], likeliest(logits_BV))
 

@@ -243,7 +243,7 @@ def measure_error() -> dict:
         weights = streamed(m, settings, side if side in _SIDES.value else None)
         rows = empty_cache(m, 1, PROMPT, recipe)["layers"]
         hidden_BTD, _, _ = forward(m, weights, rows, tokens_BT, jnp.arange(PROMPT)[None])
-        logits[side] = np.asarray(head(weights, hidden_BTD[:, -8:]), np.float64)
+        logits[side] = np.asarray(head(m, weights, hidden_BTD[:, -8:]), np.float64)
         del weights
     result = {}
     for side in ("bfloat16", *_SIDES.value):

@@ -128,10 +128,11 @@ class Stepper:
     def __init__(self, settings, corpus):
         from research.data.pipeline import TrainBatches
         from research.model.build import make_model
+        from research.parallel.mesh import make_mesh
         from research.training.step import init_state, make_train_step
 
         self.batches = TrainBatches(corpus, settings)
-        model, batch = make_model(settings), next(self.batches)
+        model, batch = make_model(settings, make_mesh(settings)), next(self.batches)
         self.state = init_state(model, settings)
         self.step = make_train_step(model, settings).lower(self.state, batch).compile()
         self.metrics = {}

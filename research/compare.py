@@ -30,7 +30,7 @@ def losses(workdir: Path) -> tuple[float, list[float]]:
             average = line["loss"] if average is None else 0.9 * average + 0.1 * line["loss"]
             smooth.append(average)
     if not validation or not smooth:
-        raise RequestError(f"{workdir}: its metrics.jsonl has no training or no validation loss")
+        raise RequestError(f"{workdir}: its metrics.jsonl has no training or no validation loss: is the run finished?")
     return validation[-1], smooth
 
 

@@ -28,7 +28,9 @@ def main() -> None:
             raise RequestError(f"--{flag.name} is required: --config=FILE --stage={'|'.join((*STAGES, 'all'))} "
                                "--workdir=DIR")
     with command.stops_held():
+        from research import environment
         from research.distillation import settings, stages
+    environment.compute_in_this_thread()
     chosen = settings.complete(experiment.load(_CONFIG.value))
     changed = experiment.change(chosen, _FIELDS.value, base.get_distillation_config())
     wanted = STAGES if _STAGE.value == "all" else (_STAGE.value,)

@@ -90,6 +90,16 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def compute_in_this_thread() -> None:
+    """A program on one CPU device runs in the thread that calls it, to its end; before any device is known.
+
+    Its buffers, hundreds of MB a step, then lie in the main thread's heap, which with `command.KEPT_PAGES` keeps its
+    pages. Other threads' heaps cannot: they end at 64 MB, and what is larger is mapped, and its pages cleared, anew in
+    every step. One heap for all of them kept pages too, but they waited for its lock, longer after a compilation.
+    """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
 def pin_threads() -> None:
     """Gives each of XLA's compute threads a processor of its own, among those the process may use (Linux).
 

@@ -8,7 +8,7 @@ by batch. Statistics go to stderr.
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -47,14 +47,16 @@ _WEIGHTS = flags.DEFINE_string(
     "weights", None, "How matrices are kept: int8 or int4, embedding and head too, or fp8_blocks, as DeepSeek-V3 is "
     "released. By default as --recipe.", FLAGS)
 _CACHE = flags.DEFINE_string("cache_dtype", None, "float32, bfloat16 or fp8; by default as the recipe.", FLAGS)
-
+_FIELDS = flags.DEFINE_multi_string(
+    "config.", [], "--config.mesh.tensor=2 splits the model over devices, as in training; likewise data, fsdp, expert.",
+    FLAGS)
 
 
 def main() -> None:
     check_flags()
     prompts = read_prompts()
     decoder, tokenizer, first = load(Path(_CHECKPOINT.value).expanduser(), _RECIPE.value, _CACHE.value,
-                                     _WEIGHTS.value)
+                                     _WEIGHTS.value, tuple(_FIELDS.value))
     drafts = 0
     if _SPECULATIVE.value:
         drafts = decoder.model.mtp.num_nextn_predict_layers if _DRAFTS.value is None else _DRAFTS.value
@@ -150,6 +152,9 @@ def check_flags() -> None:
         raise RequestError("--stop='' would end every continuation before it begins")
     for flag in (_STOP, _SYSTEM):
         check_text(f"--{flag.name}", flag.value or "")
+    for field in _FIELDS.value:
+        if not field.startswith("mesh."):
+            raise RequestError(f"--config.{field} is no field of config.mesh: those alone are changed here")
     if problem := sampling().problem():
         raise RequestError(f"--{problem}")
     for flag, known in ((_RECIPE, ("float32", "bfloat16")), (_CACHE, STORAGE), (_WEIGHTS, WEIGHTS)):
@@ -197,18 +202,28 @@ def read_prompts() -> list[str]:
     return prompts
 
 
-def load(folder: Path, recipe: str | None, cache_dtype: str | None, weights: str | None = None):
-    """(Decoder, tokenizer, the ids that every text begins with) of a checkpoint; the names are the flags'."""
+def check_folder(folder: Path) -> None:
+    """RequestError for a --checkpoint that is no folder."""
     if not folder.is_dir():
         raise RequestError(f"--checkpoint={str(folder)!r} is not a directory" if folder.exists() else
                            f"--checkpoint={str(folder)!r} does not exist")
+
+
+def load(folder: Path, recipe: str | None, cache_dtype: str | None, weights: str | None = None,
+         mesh: Sequence[str] = ()):
+    """(Decoder, tokenizer, the ids that every text begins with) of a checkpoint; the names are the flags'. mesh: fields
+    of the config."""
+    check_folder(folder)
     from research.data.tokenizer import Tokenizer  # after the checks: JAX takes a second to import
 
     with command.stops_held():
         from research.decoding.generate import Decoder
-        from research.interop.weights import checked_weights
+        from research.interop.weights import checked_weights, weights_over
     tokenizer = Tokenizer.load(folder)
-    settings, model, variables = checked_weights(folder, stored=True)
+    if mesh:
+        settings, model, variables = weights_over(folder, mesh)
+    else:
+        settings, model, variables = checked_weights(folder, stored=True)
     if settings.model.vocab_size < tokenizer.vocab_size:
         raise RequestError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
                            f"{settings.model.vocab_size}")
@@ -225,5 +240,14 @@ def report(result) -> str:
     return "\n".join(lines)
 
 
+def mesh_fields():
+    """The config that has the fields which a flag may be meant for."""
+    from ml_collections import ConfigDict
+
+    from experiments import base
+
+    return ConfigDict({"mesh": base.get_config().mesh})
+
+
 if __name__ == "__main__":
-    command.run(main, FLAGS)
+    command.run(main, FLAGS, fields=mesh_fields)

@@ -5,6 +5,7 @@ of --include_path, or the path of a YAML file. Needs requirements-eval.txt. The 
 """
 
 import json
+import logging
 from pathlib import Path
 
 from absl import flags
@@ -12,6 +13,7 @@ from absl import flags
 from research import command
 from research.errors import RequestError, nearest
 from research.files import write_whole
+from research.generate import check_folder
 
 FLAGS = flags.FlagValues()
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, or a Hugging Face folder.", FLAGS)
@@ -46,6 +48,7 @@ def main() -> None:
         from research.environment import pin_threads
         from research.interop.lm_eval import ParsimonyLM
 
+    logging.getLogger("huggingface_hub").handlers.clear()  # its lines come by ours
     manager = TaskManager(include_path=_INCLUDE.value and Path(_INCLUDE.value).expanduser())
     tasks = find_tasks(manager)
     loaded = load_tasks(manager, tasks)
@@ -89,6 +92,7 @@ def check_flags() -> None:
         raise RequestError("--samples needs --output, the file to write them to")
     if _OUTPUT.value and not Path(_OUTPUT.value).expanduser().absolute().parent.is_dir():
         raise RequestError(f"--output={_OUTPUT.value!r} is in a folder that does not exist")
+    check_folder(Path(_CHECKPOINT.value).expanduser())  # before a task's data are fetched
 
 
 def find_tasks(manager) -> list:

@@ -54,10 +54,11 @@ def main() -> None:
 
     hosts.join(_ADDRESS.value, _PROCESSES.value, _PROCESS.value, _HEARTBEAT.value)
     with command.stops_held():
-        from research import summary  # after the checks that need no JAX: a wrong field is answered at once
+        from research import environment, summary  # after the checks that need no JAX: they are answered at once
         from research.interop.weights import weights_alone
         from research.training import loop
 
+    environment.compute_in_this_thread()
     hosts.agree({f"--{name}": FLAGS[name].value for name in ("workdir", "mode", "profile", "heartbeat_timeout_seconds")}
                 | experiment.flatten(settings.to_config(), "config."), "command")
     if _MODE.value == "train":

@@ -16,7 +16,8 @@ STYLE = {
 }
 BARS = ({"color": "white", "hatch": "////"}, {"color": "0.35"}, {"color": "0.75"}, {"color": "white", "hatch": "...."})
 LINES = ({"marker": "o", "linestyle": "-"}, {"marker": "s", "linestyle": "--"}, {"marker": "^", "linestyle": ":"},
-         {"marker": "D", "linestyle": "-."})
+         {"marker": "D", "linestyle": "-."}, {"marker": "v", "linestyle": "-"}, {"marker": "P", "linestyle": "--"},
+         {"marker": "*", "linestyle": ":"}, {"marker": "X", "linestyle": "-."})
 HEIGHT = 3.2  # inches of one axes
 
 

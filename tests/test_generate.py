@@ -149,6 +149,9 @@ def test_text_is_written_as_far_as_it_is_certain():
 @pytest.mark.parametrize("words, pattern", [
     ([], "--checkpoint is required: "),
     (["--checkpoint={folder}"], "one of --prompt and --prompts_file is required"),
+    (["--checkpoint={folder}", "--prompt=x", "--config.mesh.data=2"], "config.mesh.data=2 needs 2 devices: 1 cpu devi"),
+    (["--checkpoint={folder}", "--prompt=x", "--config.mesh.dat=2"], "config.mesh.dat=2 is not a field of the configu"),
+    (["--checkpoint={folder}", "--prompt=x", "--config.training.steps=2"], "--config.training.steps=2 is no field of "),
     (["--checkpoint={folder}", "--prompt=x", "--prompts_file=y"], "one of --prompt and --prompts_file is required"),
     (["--checkpoint={folder}", "--prompt="], "--prompt: prompt 1 is empty"),
     (["--checkpoint={folder}", "--prompts_file=/does/not/exist"], "--prompts_file='/does/not/exist' cannot be read"),

@@ -11,8 +11,11 @@ import math
 import jax
 import jax.numpy as jnp
 
+from research.accounting.parameters import shapes
 from research.model import moe
 from research.model.build import make_model
+from research.parallel.mesh import abstract_mesh
+from research.parallel.rules import BATCH, axes_of, shared_stack, spread
 
 THERE, BACK = 1 + 4 / 128, 2  # bytes of an entry: FP8 with a float32 scale for 128, and bfloat16 (V3 §3.3)
 DRAWS = 4096  # of tokens: the mean is right to a thousandth
@@ -58,3 +61,42 @@ def of_mesh(settings) -> dict:
     there = sum(jax.eval_shape(packing.packed, row).size if packing else back for packing in products.packings)
     devices, layers = min(settings.mesh.expert, m.num_experts_per_tok), m.num_hidden_layers - m.first_k_dense_replace
     return {"devices": devices, "bytes": layers * devices * (there + 2 * back)}
+
+
+def of_step(settings) -> float:
+    """Bytes that a device of the settings' mesh has in the end of all that it must exchange in a training step, as
+    `parallel.overlap` counts them in a compiled program; for a batch in one piece, or in those of a pipeline.
+
+    Of weights, in float32: the sums of gradients, whole; what `fsdp` splits, gathered forward and backward; the new
+    ones, where moments are split further. Of activations: what `of_mesh` says; by `tensor` two sums a block forward and
+    two backward (1909.08053), one for each reading of embedding and head; by `pipeline` one to each neighbour a tick.
+    """
+    mesh = abstract_mesh(settings)
+    if mesh is None:
+        return 0.0
+    sizes, m, pieces = mesh.shape, settings.model, settings.training.accumulation_steps
+    weights, found = shapes(settings), 0.0
+    shared = shared_stack({path.split("/")[0] for path in weights})
+
+    def parts(axes):
+        return math.prod(sizes[axis] for axes_of_one in axes if axes_of_one
+                         for axis in ([axes_of_one] if isinstance(axes_of_one, str) else axes_of_one))
+
+    for path, leaf in weights.items():
+        axes = axes_of(path, len(leaf.shape), shared)
+        size = 4 * leaf.size / parts(axis for axis in axes if axis != "fsdp")
+        copies = parts([BATCH]) / parts(axis for axis in axes if axis in BATCH and axis != "fsdp")
+        summed = copies > 1 or (sizes["pipeline"] > 1 and "pipeline" not in axes)
+        gathered = sizes["fsdp"] > 1 and "fsdp" in axes and path != "embed_tokens"
+        renewed = parts(spread(axes, leaf.shape, mesh)) > parts(axes)
+        found += size * (summed + 2 * gathered + renewed)
+    tokens = settings.training.batch_size * settings.data.sequence_length / parts([BATCH])
+    x, M = tokens * m.hidden_size * make_model(settings).products.dtype.itemsize, settings.mtp.num_nextn_predict_layers
+    if sizes["expert"] > 1:
+        layers = m.num_hidden_layers - m.first_k_dense_replace
+        found += tokens * of_mesh(settings)["bytes"] * (layers + M) / layers
+    if sizes["tensor"] > 1:
+        found += x * (4 * (m.num_hidden_layers + M) + 2 * (1 + M))
+    if (S := sizes["pipeline"]) > 1:
+        found += 2 * (pieces + 2 * (S - 1)) * x / pieces
+    return found

@@ -29,7 +29,7 @@ from research.model.moe import in_float32
 from research.parallel import pipeline
 from research.parallel.experts import window_and_pairs
 from research.parallel.mesh import TYPES
-from research.parallel.rules import AXES
+from research.parallel.rules import AXES, axes_of
 from research.precision.quantize import weight
 from research.precision.recipe import RECIPES
 from research.training.optimizer import make_optimizer
@@ -107,7 +107,12 @@ def of_model(settings, tokens: int) -> list[jax.ShapeDtypeStruct]:
 
 
 def bytes_of(leaves) -> int:
-    """E5M6, which is stored as float16 and which nothing else is, counts 12 bits an entry."""
+    """As they are stored."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def needed_by(leaves) -> int:
+    """Bytes, of which E5M6, stored as float16 as nothing else is, takes 12 bits an entry."""
     return sum(leaf.size * 12 // 8 if leaf.dtype == jnp.float16 else leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
@@ -126,8 +131,10 @@ def of_device(settings, gpu: bool) -> dict[str, int]:
     experts by expert; moments and average also by the rest of the mesh (ZeRO-1). activations: what the forward
     pass keeps of a device's rows of one of the `accumulation_steps` pieces; the experts of a device of the axis expert
     have room for `training.expert_room` times those that a balanced router sends. buffers: what the backward pass has
-    beside them at its beginning, without what a further round of experts would have. total: the largest sum that is
-    alive at once, where gradients take the place of activations, unless they are accumulated over pieces.
+    beside them at its beginning, without what a further round of experts would have. gradients: of one piece;
+    accumulated: their sum over several. transposed: what XLA for GPUs lays out anew to gather it over fsdp. total: the
+    largest sum that is alive at once, where gradients take the place of activations, unless layers are a loop, as on a
+    GPU: its arrays of all layers live as long as it runs.
 
     Of deep dense models XLA:CPU takes more than that, it is not known why: nano in float32 without experts, 672 wide,
     44 rows of 52, takes 1.07, 1.24 and 1.27 times this total with 1, 4 and 12 layers (one the multi-token module's).
@@ -161,15 +168,19 @@ def of_device(settings, gpu: bool) -> dict[str, int]:
     of = {
         "weights": 4 * held if recipe.name == "float32" else copies * held / total if recipe.quantized else 2 * held,
         "master": 0 if recipe.name == "float32" else 4 * held,
+        "transposed": 4 * _transposed(params, mesh) if gpu else 0,
         "gradients": 4 * held,
+        "accumulated": 4 * held if pieces > 1 else 0,
         "moments": bytes_of(jax.tree.leaves(jax.eval_shape(make_optimizer(settings).init, params))) / devices,
         "average": 4 * total / devices if settings.training.ema_decay else 0,
         "activations": (kept / (mesh.expert * mesh.tensor) + _kept_in_room(settings, tokens, gpu)) * in_flight,
         "buffers": _passing(settings, tokens) / mesh.tensor,
     }
-    state = of["weights"] + of["master"] + of["moments"] + of["average"]
-    passing = max(of["activations"] + of["buffers"], of["gradients"])
-    of["total"] = state + passing + (of["gradients"] if pieces > 1 else 0)
+    passing = of["activations"], of["buffers"], of["gradients"]
+    if mesh.pipeline > 1 or not (gpu or settings.model.scan_unroll):  # no loop over layers, which has all to its end
+        passing = (max(of["activations"] + of["buffers"], of["gradients"]),)
+    of["total"] = sum((of["weights"], of["master"], of["moments"], of["average"], of["transposed"], of["accumulated"],
+                       *passing))
     return {name: round(size) for name, size in of.items()}
 
 
@@ -191,6 +202,20 @@ def _of_stage(settings, gpu: bool) -> dict[str, int]:
 def with_recipe(settings, name: str):
     """The settings under another recipe."""
     return replace(settings, precision=FrozenConfigDict({**settings.precision, "recipe": name}))
+
+
+def _transposed(params, mesh) -> float:
+    """How many weights of a device XLA for GPUs holds a second time: it gathers along an array's first dimension, and
+    lays the matrices that fsdp splits along another out that way before the loops that gather them. (Embeddings are not
+    gathered.)"""
+    def entries(path, leaf):
+        routed = is_routed_expert(path)
+        axes = axes_of(path, min(len(leaf.shape), 3 if routed else 2), "")
+        if mesh.fsdp == 1 or path.endswith("embed_tokens") or "fsdp" not in axes[1:]:
+            return 0
+        return leaf.size / (mesh.fsdp * mesh.tensor * mesh.pipeline * (mesh.expert if routed else 1))
+
+    return sum(entries(path, leaf) for path, leaf in params.items())
 
 
 def _passing(settings, tokens: int) -> float:
@@ -257,7 +282,7 @@ def count(settings) -> dict:
     params = variable_shapes(make_model(settings), settings)["params"]
     settings = with_plain_attention(settings)
     with runnable(), meant_for_h200():
-        once, twice = ({name: bytes_of(leaves) for name, leaves in found.items()} for found in (
+        once, twice = ({name: needed_by(leaves) for name, leaves in found.items()} for found in (
             parts(settings, n) | {"model": of_model(settings, n)} for n in (tokens, 2 * tokens)))
     return {
         "weights": bytes_of(jax.tree.leaves(params)),

@@ -109,9 +109,12 @@ def text(found: dict) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1) or "no mesh"
     group(f"memory of a device: {found['device']}, {mesh}, {found['recipe']}")
     most, (size, unit) = found["device_memory"], (1e9, "GB") if m["total"] >= 1e9 else (1e6, "MB")
+    together = abs(m["total"] - sum(m.values()) / 2) < len(m)  # all of them
     for name, number in m.items():
         row(name, f"{number / size:,.3f}", unit, {
-            "gradients": "" if found["pieces"] > 1 else "in the place of activations, as they are made",
+            "gradients": "of a piece" if together else "in the place of activations, as they are made",
+            "accumulated": "over pieces",
+            "transposed": "to be gathered",
             "activations": f"rows of T at once: {found['rows_at_once']:,}",
             "total": f"{number / most:.1%} of {most / 1e9:.0f} GB" if most else ""}.get(name, ""))
     if found["refused"]:

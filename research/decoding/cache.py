@@ -8,8 +8,10 @@ that taking tokens back is only a matter of going on from an earlier position.
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh
 
 from kernels.quantize import dequantize, quantize
+from research.parallel.rules import of_cache, over_cache
 
 # fp8: E4M3 with a float32 scale for 128 numbers of a token, the rotary key in bfloat16: of V3's 656 bytes a token and
 # layer, as FlashMLA stores them
@@ -24,21 +26,22 @@ class Rows:
 
     arrays: dict[str, jax.Array]
     scales: dict[str, jax.Array]
+    mesh: Mesh | None = struct.field(pytree_node=False, default=None)
 
     def append(self, positions_BT, **new) -> "Rows":
         """The rows with (B, T, ...) arrays written to the slots of consecutive positions, from positions_BT[:, 0]."""
         arrays, scales = dict(self.arrays), dict(self.scales)
         for name, values in new.items():
             if name in scales:
-                values, of_tiles = _quantized(values)
-                scales[name] = _write(scales[name], of_tiles, positions_BT[:, 0])
-            arrays[name] = _write(arrays[name], values, positions_BT[:, 0])
-        return Rows(arrays, scales)
+                values, of_tiles = over_cache(self.mesh, name, _quantized, values)
+                scales[name] = over_cache(self.mesh, name, _write, scales[name], of_tiles, positions_BT[:, 0])
+            arrays[name] = over_cache(self.mesh, name, _write, arrays[name], values, positions_BT[:, 0])
+        return Rows(arrays, scales, self.mesh)
 
     def read(self, name: str) -> jax.Array:
         """All slots (B, S, ...): float32 or bfloat16 as they are stored; what is in 8 bits comes in bfloat16."""
         values = self.arrays[name]
-        return _dequantized(values, self.scales[name]) if name in self.scales else values
+        return over_cache(self.mesh, name, _dequantized, values, self.scales[name]) if name in self.scales else values
 
 
 def _write(slots, new, start_B):
@@ -81,8 +84,8 @@ def widths(config) -> dict[str, tuple[int, ...]]:
     return dict.fromkeys(("key", "value"), (config.num_key_value_heads, config.head_dim))
 
 
-def empty_rows(config, batch: int, slots: int, storage: str) -> Rows:
-    """Rows of one attention without a token. storage: one of STORAGE."""
+def empty_rows(config, batch: int, slots: int, storage: str, mesh: Mesh | None = None) -> Rows:
+    """Rows of one attention without a token, over a mesh or on one device. storage: one of STORAGE."""
     arrays, scales = {}, {}
     for name, shape in widths(config).items():
         dtype = jnp.dtype(storage) if storage != "fp8" else jnp.bfloat16
@@ -90,13 +93,16 @@ def empty_rows(config, batch: int, slots: int, storage: str) -> Rows:
             dtype = jnp.float8_e4m3fn
             scales[name] = jnp.zeros((batch, slots, *shape[:-1], -(-shape[-1] // 128)), jnp.float32)
         arrays[name] = jnp.zeros((batch, slots, *shape), dtype)
-    return Rows(arrays, scales)
+    if mesh is not None:
+        arrays, scales = ({name: jax.lax.with_sharding_constraint(x, of_cache(mesh, name)) for name, x in of.items()}
+                          for of in (arrays, scales))
+    return Rows(arrays, scales, mesh)
 
 
 def empty_cache(model, batch: int, slots: int, storage: str) -> dict[str, list[Rows]]:
     """{`layers`: rows of each layer, `mtp`: of each multi-token module}."""
     depths = {"layers": model.config.num_hidden_layers, "mtp": model.mtp.num_nextn_predict_layers}
-    return {name: [empty_rows(model.config, batch, slots, storage) for _ in range(number)]
+    return {name: [empty_rows(model.config, batch, slots, storage, model.products.mesh) for _ in range(number)]
             for name, number in depths.items()}
 
 

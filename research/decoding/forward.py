@@ -15,6 +15,7 @@ from kernels.weight_only import Blocks, Narrow
 from research.model.layers import rms_norm
 from research.model.mtp import MultiTokenModule
 from research.model.transformer import Block, Transformer
+from research.precision.matmul import matmul
 from research.precision.products import FEED_FORWARD, Products
 from research.precision.recipe import RECIPES
 from research.tree import map_paths
@@ -23,10 +24,13 @@ from research.tree import map_paths
 def decoding_model(model: Transformer, recipe: str | None = None) -> Transformer:
     """The model under the recipe that decodes: the given one, or its own; of an FP8 recipe the 16-bit activations.
 
-    FP8 recipes are for training: decoding reads the weights as they are kept. Its routed experts have no gradient.
+    FP8 recipes are for training: decoding reads the weights as they are kept. Its routed experts have no gradient; over
+    a mesh, where there is one, they and the projections are as in training.
     """
-    chosen = RECIPES[recipe] if recipe else model.products.recipe
-    products = Products(RECIPES[chosen.activations], experts_implementation="inference")
+    chosen, mesh = RECIPES[recipe] if recipe else model.products.recipe, model.products.mesh
+    over = {"experts_implementation": "inference"} if mesh is None else {
+        "mesh": mesh, "expert_room": model.products.expert_room}
+    products = Products(RECIPES[chosen.activations], **over)
     return Transformer(model.config, model.mtp, products)
 
 
@@ -158,17 +162,23 @@ def with_rows(variables, rows, *path):
     return variables | {"cache": tree}
 
 
-def embed(weights, tokens_BT):
+def embed(model, weights, tokens_BT):
     embedding = weights["embed_tokens"]
-    return weight_only.rows(embedding, tokens_BT) if isinstance(embedding, Narrow) else embedding[tokens_BT]
+    if isinstance(embedding, Narrow):
+        return weight_only.rows(embedding, tokens_BT)
+    return model.products.looked_up(embedding, tokens_BT)
 
 
-def head(weights, hidden_BTD):
+def head(model, weights, hidden_BTD):
     """Logits (B, T, V) in float32."""
     B, T, D = hidden_BTD.shape
     hidden_XD, w_DV = hidden_BTD.reshape(-1, D), weights.get("lm_head", weights["embed_tokens"])
-    product = weight_only.product if isinstance(w_DV, Narrow) else few_rows.product
-    logits_XV = product(hidden_XD, w_DV)
+    if isinstance(w_DV, Narrow):
+        logits_XV = weight_only.product(hidden_XD, w_DV)
+    elif model.products.mesh is None:
+        logits_XV = few_rows.product(hidden_XD, w_DV)
+    else:
+        logits_XV = matmul(hidden_XD, w_DV, (w_DV.dtype,) * 3)
     return logits_XV.reshape(B, T, -1)
 
 
@@ -176,7 +186,7 @@ def forward(model, weights, rows: list, tokens_BT, positions_BT):
     """The main model on tokens at consecutive positions: (hidden_BTD after the final norm, before it, rows)."""
     m, new = model.config, []
     n_dense = m.first_k_dense_replace if m.n_routed_experts else m.num_hidden_layers
-    x_BTD, valid_BT = embed(weights, tokens_BT), jnp.ones_like(tokens_BT, bool)
+    x_BTD, valid_BT = embed(model, weights, tokens_BT), jnp.ones_like(tokens_BT, bool)
     for number, (layer, layer_rows) in enumerate(zip(weights["layers"], rows, strict=True)):
         (x_BTD, _), changed = Block(m, model.products, dense=number < n_dense).apply(
             with_rows(layer, layer_rows), x_BTD, None, positions_BT, valid_BT, mutable="cache")
@@ -191,7 +201,7 @@ def mtp_forward(model, weights, depth: int, rows, hidden_BTD, tokens_BT, positio
     """
     module = MultiTokenModule(model.config, model.products, Block)
     (before, after, _), changed = module.apply(
-        with_rows(weights["mtp"][depth - 1], rows, "block"), hidden_BTD, embed(weights, tokens_BT), None,
+        with_rows(weights["mtp"][depth - 1], rows, "block"), hidden_BTD, embed(model, weights, tokens_BT), None,
         positions_BT, jnp.ones_like(tokens_BT, bool), mutable="cache")
     handed_on = after if model.mtp.hidden == "after_norm" else before
     return after, handed_on, changed["cache"]["block"]["attention"]["rows"]

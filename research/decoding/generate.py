@@ -1,5 +1,6 @@
 """Continuing token sequences: chunked prefill, then a compiled loop of drafting and verifying; plain is zero drafts."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from research.decoding.forward import decoding_model, forward, head, mtp_forward
 from research.decoding.sampling import Sampling
 from research.environment import give_back_memory
 from research.errors import RequestError
+from research.parallel.rules import BATCH, of_decoding, of_generation, over_cache
 
 CHUNK = 256  # prompt tokens of one pass at the most
 SMALLEST_BUCKET = 64  # prompts and caches are rounded up to powers of two from here, each compiled once
@@ -79,20 +81,32 @@ class Decoder:
                  weights: str | None = None):
         """model: a Transformer; variables: its {`params`, `routing`}, or what `prepare` makes of them; recipe: None is
         the model's own, or bfloat16 where that is in FP8; cache_dtype: one of `cache.STORAGE`, None: the activations';
-        weights: None, int8 or int4, see `forward.storage`. ValueError for routed experts in int8 or int4."""
+        weights: None, int8 or int4, see `forward.storage`. ValueError for routed experts in int8 or int4. Over the
+        model's mesh, if it has one, weights and cache lie as `parallel.rules` says; RequestError where they cannot."""
         self.model = decoding_model(model, recipe)
+        if self.model.products.mesh is not None:
+            check_mesh(self.model, weights)
         self.cache_dtype = cache_dtype or self.model.products.recipe.name
         self._prepare = partial(prepare, model=self.model, weights=weights)
-        self._prepare_at_once = jax.jit(self._prepare)
-        self._compiled = {}
+        self._prepare_at_once, self._compiled = None, {}
         self.take(variables)
 
     def take(self, variables) -> None:
         """Goes on with other weights of the same model, as `__init__` has them; what is compiled stays."""
         if "layers" not in variables:
-            on_device = all(isinstance(x, jax.Array) for x in jax.tree.leaves(variables))
-            variables = (self._prepare_at_once if on_device else self._prepare)(variables)
+            variables = self._prepared(variables)
         self.weights = variables
+
+    def _prepared(self, variables):
+        mesh, on_device = self.model.products.mesh, all(isinstance(x, jax.Array) for x in jax.tree.leaves(variables))
+        if mesh is None and not on_device:
+            return self._prepare(variables)
+        if self._prepare_at_once is None:
+            placing = {}
+            if mesh is not None:
+                placing = {"out_shardings": of_decoding(mesh, jax.eval_shape(self._prepare, variables))}
+            self._prepare_at_once = jax.jit(self._prepare, **placing)
+        return self._prepare_at_once(variables)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, sampling: Sampling = GREEDY,
                  draft_tokens: int = 0, seed: int = 0, ends: Sequence[int] = (), steps_at_once: int = 0,
@@ -102,11 +116,14 @@ class Decoder:
         draft_tokens: k of speculative decoding, 0: plain. watch: called with all tokens so far after every
         `steps_at_once` steps (0: at the end alone); returns for each prompt whether it is to stop. RequestError, a
         ValueError, for an empty prompt, more positions than the model has, drafts without a multi-token module, or
-        sampling out of its range.
+        sampling out of its range. Over a mesh the last prompt fills the batch up to a multiple of those who share it.
         """
         check_request(self.model, prompts, max_tokens, draft_tokens)
         if problem := sampling.problem():
             raise RequestError(problem)
+        mesh, number = self.model.products.mesh, len(prompts)
+        shards = math.prod(mesh.shape[axis] for axis in BATCH) if mesh else 1
+        prompts = [*prompts, *prompts[-1:] * (-number % shards)]
         B, k, longest = len(prompts), draft_tokens, max(map(len, prompts))
         T = bucket(longest)
         S = bucket(max(T, longest + max_tokens + k + self.model.mtp.num_nextn_predict_layers))
@@ -125,6 +142,8 @@ class Decoder:
         start = time.perf_counter()
         state = jax.block_until_ready(began(*arguments))
         prefill_seconds = time.perf_counter() - start
+        if number < B:
+            _stop(state, np.arange(B) >= number)
         start = time.perf_counter()
         step = self._compile(("decode", *shape), decode, static,
                              (self.weights, state, ends_E, np.int32(max_tokens), np.int32(0)), 1)
@@ -132,22 +151,42 @@ class Decoder:
         decode_seconds, at_once = 0.0, np.int32(steps_at_once or 2**30)
         while True:
             if watch:
-                stopped_B = np.asarray(watch(tokens_of(state)), bool)
-                state["done_B"] = jnp.asarray(np.asarray(state["done_B"]) | stopped_B)
+                _stop(state, np.pad(np.asarray(watch(tokens_of(state)[:number]), bool), (0, B - number)))
             if np.all(state["done_B"]):
                 break
             start = time.perf_counter()
             state = jax.block_until_ready(step(self.weights, state, ends_E, np.int32(max_tokens), at_once))
             decode_seconds += time.perf_counter() - start
-        return Generation(tokens_of(state), int(state["steps"]), np.asarray(state["accepted_k"]).tolist(),
+        return Generation(tokens_of(state)[:number], int(state["steps"]), np.asarray(state["accepted_k"]).tolist(),
                           prefill_seconds, decode_seconds, compile_seconds)
 
     def _compile(self, name, function, static: dict, arguments, donated=()):
         if name not in self._compiled:
-            jitted = jax.jit(partial(function, **static), donate_argnums=donated)
+            function, mesh, placing = partial(function, **static), self.model.products.mesh, {}
+            if mesh is not None:
+                placing = {"out_shardings": of_generation(mesh, jax.eval_shape(function, *arguments))}
+            jitted = jax.jit(function, donate_argnums=donated, **placing)
             self._compiled[name] = jitted.lower(*arguments).compile()
             give_back_memory()
         return self._compiled[name]
+
+
+def check_mesh(model, weights: str | None) -> None:
+    """RequestError for what decoding over the model's mesh cannot do."""
+    sizes, config = model.products.mesh.shape, model.config
+    if sizes["pipeline"] > 1:
+        raise RequestError.field("mesh.pipeline", sizes["pipeline"], "must be 1: decoding has no stages")
+    if weights is not None:
+        raise RequestError(f"--weights={weights}: over a mesh they are as the recipe has them")
+    if config.attention == "gqa" and config.num_key_value_heads % sizes["tensor"]:
+        raise RequestError.field("mesh.tensor", sizes["tensor"], "does not divide config.model.num_key_value_heads="
+                                 f"{config.num_key_value_heads}")
+
+
+def _stop(state, rows_B) -> None:
+    """Ends these rows too."""
+    done_B = state["done_B"]
+    state["done_B"] = jax.device_put(np.asarray(done_B) | rows_B, done_B.sharding)
 
 
 def check_request(model, prompts, max_tokens: int, draft_tokens: int) -> None:
@@ -211,7 +250,7 @@ def prefill(weights, tokens_BT, length_B, key, ends, max_tokens, *, model, sampl
     carry = cache, jnp.zeros((B, kept, D), dtype), jnp.zeros((B, D), dtype)
     cache, tail_BMD, last_BD = jax.lax.fori_loop(0, -(-jnp.max(length_B) // chunk), pass_chunk, carry)
     no_drafts = jnp.zeros((B, 0), jnp.int32)
-    _, next_B = speculative.verify(head(weights, last_BD[:, None]), no_drafts, None, sampling, key_B, length_B)
+    _, next_B = speculative.verify(head(model, weights, last_BD[:, None]), no_drafts, None, sampling, key_B, length_B)
     state = {
         "cache": cache, "key_B": key_B, "length_B": length_B, "last_B": next_B,
         "tokens": jnp.zeros((B, room + k + 1), jnp.int32).at[:, 0].set(next_B), "count_B": jnp.ones(B, jnp.int32),
@@ -266,14 +305,14 @@ def decode(weights, state, ends, max_tokens, steps, *, model, sampling, k: int):
         drafts_Bk = state["drafts_Bk"] if k else jnp.zeros((B, 0), jnp.int32)
         read_BT = jnp.concatenate([state["last_B"][:, None], drafts_Bk], axis=1)
         after, before, layers = forward(model, weights, state["cache"]["layers"], read_BT, first_B[:, None] + column)
-        accepted_B, next_B = speculative.verify(head(weights, after), drafts_Bk, state.get("q_BkV"), sampling,
+        accepted_B, next_B = speculative.verify(head(model, weights, after), drafts_Bk, state.get("q_BkV"), sampling,
                                                 state["key_B"], first_B + 1)
         emitted_BT = speculative.emitted(drafts_Bk, accepted_B, next_B)
         ended_BT = is_end(emitted_BT, ends) & (column <= accepted_B[:, None])
         room_B = max_tokens - state["count_B"]
         count_B = jnp.where(jnp.any(ended_BT, axis=1), jnp.argmax(ended_BT, axis=1), accepted_B) + 1
         count_B = jnp.where(active_B, jnp.minimum(count_B, room_B), 0)
-        tokens = write_rows(state["tokens"], emitted_BT, state["count_B"])
+        tokens = over_cache(model.products.mesh, "tokens", write_rows, state["tokens"], emitted_BT, state["count_B"])
         hidden = after if model.mtp.hidden == "after_norm" else before
         state = state | {"cache": state["cache"] | {"layers": layers}, "tokens": tokens}
         if k:  # a row that is done passes over the same positions again

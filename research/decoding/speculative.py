@@ -77,7 +77,7 @@ def draft(model, weights, rows: list, hidden_BWD, known_BW, start_B, last_B, k: 
             positions = (start_B + last_B + number - M + 1)[:, None]
             after, newest, rows[M - 1] = mtp_forward(
                 model, weights, M, rows[M - 1], newest, drafts[-1][:, None], positions)
-        logits_BV = head(weights, after)[:, 0]
+        logits_BV = head(model, weights, after)[:, 0]
         if sampling.temperature:
             qs.append(probabilities(logits_BV, sampling))
             drafts.append(draw(keys_at(key_B, start_B + last_B + number + 2, DRAFTING), qs[-1]))

@@ -64,7 +64,7 @@ def imitation_loss(trained, routing, batch, total, pieces: int, weight, model, s
                                              direction=logits.direction, beta=logits.beta,
                                              temperature=logits.temperature)
     balance = balance_of(out["routing"]["layers"]) / pieces  # nothing here is for the multi-token modules to learn
-    main, _ = token_losses(logits_BTV, (), batch)
+    main, _ = token_losses((logits_BTV,), batch)
     loss = divergence + balance
     return loss, {"loss": loss, "divergence": divergence, "next_token_loss": main / total, "balance_loss": balance,
                   "loads": loads_of(out["routing"])}

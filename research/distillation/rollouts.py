@@ -169,7 +169,7 @@ def settings_of(model: Any, reinforcement: Any, steps: int, start: str, **optimi
 
 
 def _on_one(params, routing) -> dict:
-    """A policy on the first device, which draws and scores: neither knows of a mesh that it may be trained on."""
+    """A policy on the first device, which draws and scores alone, whatever mesh it may be trained on."""
     return jax.device_put({"params": params, "routing": routing}, jax.local_devices()[0])
 
 

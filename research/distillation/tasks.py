@@ -216,7 +216,8 @@ def read_rows(name: str, patterns: str, keys: dict[str, str]) -> list[tuple[str,
     for pattern in filter(None, map(str.strip, patterns.split(","))):
         matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
         if not matches:
-            raise RequestError.field(name, patterns, f"{pattern!r} matches no file")
+            which = "" if pattern == patterns else f"{pattern!r} "
+            raise RequestError.field(name, patterns, f"{which}matches no file")
         paths += [path for path in matches if path not in paths]
     return [row for path in paths for row in _rows_of(path, name, patterns, keys)]
 

@@ -155,6 +155,7 @@ class Trainer:
         self._train(drawn.settings, folder, corpus=drawn, evaluate=drawn.evaluate, loss=loss)
 
     def _train(self, settings, folder: str, **how) -> None:
+        logging.info("%s is trained", self.workdir / folder)
         loop.train(settings, self.workdir / folder, note={made.NOTE: self.record(folder)}, **how)
 
     def pairs(self) -> list[tuple[str, str]]:

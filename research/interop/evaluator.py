@@ -200,7 +200,7 @@ def token_scores(weights, tokens_BT, targets_BT, mask_BT, longest, *, model, sto
         hidden_TD, targets_T, mask_T = row
 
         def scored():
-            logits_TV = head(weights, hidden_TD[None])[0]
+            logits_TV = head(model, weights, hidden_TD[None])[0]
             picked_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=1)[:, 0]
             return (jnp.where(mask_T, picked_T - jax.nn.logsumexp(logits_TV, axis=1), 0),
                     (likeliest(logits_TV) == targets_T) & mask_T)

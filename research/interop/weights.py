@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research import config
+from research import config, experiment
 from research.errors import RequestError
 from research.interop import blocks, huggingface, storage
 from research.interop.names import SCALE, in_blocks, scales_path
@@ -24,7 +24,9 @@ from research.interop.variables import (
 )
 from research.model.build import make_model, variable_shapes
 from research.parallel import hosts
+from research.parallel.mesh import make_mesh
 from research.parallel.rules import shardings
+from research.precision.recipe import RECIPES
 from research.training.checkpoint import Checkpoints, differences, saved_tree, weights_of
 from research.tree import map_paths, paths
 
@@ -162,6 +164,22 @@ def checked_weights(folder: Path, stored: bool = False):
     variables = {name: saved[name] for name in ("params", "routing")}
     floats = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), variables)
     _, wrong = variables_of(floats, model, settings)
+    if wrong:
+        raise RequestError(f"{folder}: its checkpoint is not of the model in its config.json: {wrong}")
+    return settings, model, variables
+
+
+def weights_over(folder: Path, fields) -> tuple:
+    """As `checked_weights`, over the mesh that `mesh.axis=size` of `fields` say: nothing of it is trained, so that
+    what a mesh asks of training is not asked."""
+    chosen = experiment.change(read_settings(folder).to_config(), fields)
+    shards = chosen.mesh.data * chosen.mesh.fsdp * chosen.mesh.expert
+    chosen.training.update(batch_size=shards, batch_ramp_start=0, accumulation_steps=1, pipeline_schedule="1f1b")
+    chosen.evaluation.update(batch_size=shards, redundant_experts=0, expert_nodes=1)
+    chosen.precision.recipe = RECIPES[chosen.precision.recipe].activations
+    settings = config.check(chosen)
+    model = make_model(settings, make_mesh(settings))
+    variables, wrong = weights_for(model, settings, folder)
     if wrong:
         raise RequestError(f"{folder}: its checkpoint is not of the model in its config.json: {wrong}")
     return settings, model, variables

@@ -74,14 +74,16 @@ class MultiHeadLatentAttention(nn.Module):
             v_NRJ = Kernel((N, c.kv_lora_rank, J), c.initializer_range, name="v_b_proj")()
             if T <= ABSORBED_UP_TO:
                 q_latent_BTNR = by_head(q_BTNH, k_NHR)
-                o_BTNR = mla_decode(q_latent_BTNR, q_rope_BTNP, latent_BSR, rope_key_BSP, positions_BT[:, 0], scale)
+                o_BTNR = self.products.over_heads(partial(mla_decode, scale=scale), q_latent_BTNR, q_rope_BTNP,
+                                                  latent_BSR, rope_key_BSP, positions_BT[:, 0])
                 return by_head(o_BTNR, v_NRJ)
             latent_BSR = latent_BSR.astype(x_BTD.dtype)
             k_BSNH = jnp.einsum("BSR,NHR->BSNH", latent_BSR, k_NHR)
             k_rope_BSNP = jnp.broadcast_to(rope_key_BSP[:, :, None], (*k_BSNH.shape[:3], P)).astype(x_BTD.dtype)
-            return cached_attention(jnp.concatenate([q_BTNH, q_rope_BTNP], axis=-1),
-                                    jnp.concatenate([k_BSNH, k_rope_BSNP], axis=-1),
-                                    jnp.einsum("BSR,NRJ->BSNJ", latent_BSR, v_NRJ), positions_BT, scale)
+            return self.products.over_heads(partial(cached_attention, scale=scale),
+                                            jnp.concatenate([q_BTNH, q_rope_BTNP], axis=-1),
+                                            jnp.concatenate([k_BSNH, k_rope_BSNP], axis=-1),
+                                            jnp.einsum("BSR,NRJ->BSNJ", latent_BSR, v_NRJ), positions_BT)
 
         if c.remat == "up_projections":
             attend = nn.remat(attend, prevent_cse=False)
@@ -120,7 +122,8 @@ class GroupedQueryAttention(nn.Module):
         if self.has_variable("cache", "rows"):
             rows = self.get_variable("cache", "rows").append(positions_BT, key=k_BTGH, value=v_BTGH)
             self.put_variable("cache", "rows", rows)
-            o_BTNH = cached_attention(q_BTNH, rows.read("key"), rows.read("value"), positions_BT, scale)
+            o_BTNH = self.products.over_heads(partial(cached_attention, scale=scale), q_BTNH, rows.read("key"),
+                                              rows.read("value"), positions_BT)
         else:
             o_BTNH = attention(q_BTNH, k_BTGH, v_BTGH, segments_BT, scale, c.attention_implementation)
         return linear(D, name="o_proj")(o_BTNH.reshape(B, T, N * H))

@@ -84,9 +84,9 @@ class Transformer(nn.Module):
         """Next-token logits and named intermediates.
 
         segments_BT: document of each position, 0 for padding; attention stays within a document unless
-        `attend_across`. Returns (logits_BTV float32, out); out holds `hidden` (after the final norm), `mtp_logits`
-        (a tuple, depth k in place k - 1: position i predicts token i + k + 1, where both it and token i + k are of
-        one document), `routing` ({`layers`: stacked over L, `mtp`: a tuple}) and `balance_loss`.
+        `attend_across`. Returns (logits_BTV float32, out); out holds `hidden` (after the final norm), `mtp_hidden` and
+        `mtp_logits` (tuples, depth k in place k - 1: position i predicts token i + k + 1, where both it and token i + k
+        are of one document), `routing` ({`layers`: stacked over L, `mtp`: a tuple}) and `balance_loss`.
         """
         inputs = block_inputs(segments_BT, positions_BT, attend_across)
         x_BTD, routing = self.main(self.begin(tokens_BT, inputs), inputs)
@@ -107,17 +107,22 @@ class Transformer(nn.Module):
         return (self.layers if depths(self.config)[1] else self.dense_layers)(x_BTD, *inputs)
 
     def end(self, x_BTD, tokens_BT, inputs):
-        """(logits_BTV, {`hidden`, `mtp_logits`, `routing`: of the multi-token modules})."""
+        """(logits_BTV, {`hidden`, `mtp_hidden`, `mtp_logits`, `routing`: of the multi-token modules})."""
         hidden_BTD = self.norm(x_BTD)
-        mtp_logits, routing, carried = [], [], hidden_BTD if self.mtp.hidden == "after_norm" else x_BTD
+        mtp_hidden, routing, carried = [], [], hidden_BTD if self.mtp.hidden == "after_norm" else x_BTD
         for k in range(1, self.mtp.num_nextn_predict_layers + 1):
             before, after, block_routing = getattr(self, f"mtp_{k}")(
                 carried, self._embed(shift_left(tokens_BT, k)), *inputs)
             carried = after if self.mtp.hidden == "after_norm" else before
-            mtp_logits.append(self._head(after))
+            mtp_hidden.append(after)
             routing.append(block_routing)
         return self._head(hidden_BTD), {
-            "hidden": hidden_BTD, "mtp_logits": tuple(mtp_logits), "routing": tuple(routing)}
+            "hidden": hidden_BTD, "mtp_hidden": tuple(mtp_hidden), "mtp_logits": tuple(map(self._head, mtp_hidden)),
+            "routing": tuple(routing)}
+
+    def logits_together(self, out):
+        """`end`'s logits of all depths, one behind another, (B, (1 + M) T, V), by one product: with one gradient."""
+        return self._head(jnp.concatenate([out["hidden"], *out["mtp_hidden"]], axis=1))
 
     def _embed(self, tokens_BT):
         return self.products.looked_up(self.embed_tokens, tokens_BT)

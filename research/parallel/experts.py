@@ -76,7 +76,7 @@ def exchanged(compute, n: int, room: float, packings, x_XD, gate_EDF, up_EDF, do
         return one_round(own_nXk, size_nX > 0, *operands)
     sizes_nn = lax.all_gather(jnp.sum(size_nX, axis=1), "expert")  # pairs from, to
     round_nX = round_of(size_nX, _starts(sizes_nn, 0)[lax.axis_index("expert")], window)
-    rounds = -(-jnp.max(jnp.sum(sizes_nn, axis=0)) // window)
+    rounds = lax.pmax(-(-jnp.max(jnp.sum(sizes_nn, axis=0)) // window), "fsdp")  # whose devices exchange in each round
     return _in_rounds(one_round, rounds, own_nXk, round_nX, operands)
 
 

@@ -63,6 +63,8 @@ def join(address: str | None, processes: int | None, process: int | None, heartb
 
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM; stops are agreed on by Stops
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if not importlib.util.find_spec("jax_plugins"):  # of a GPU: its libraries have things to say there
+        _leave_stdout_to_python()
     _say_when_lost(heartbeat)
     # Slurm and Open MPI say which GPU is whose even where flags say the rest; the API of Kubernetes is asked in need
     asked = launcher() in ("Slurm", "Open MPI") or None in given.values()
@@ -106,6 +108,14 @@ def _check_port(address: str) -> None:
         except (OSError, OverflowError) as error:
             raise RequestError(f"--coordinator_address={address} cannot be listened at by process 0: "
                                f"{getattr(error, 'strerror', None) or error}") from None
+
+
+def _leave_stdout_to_python() -> None:
+    """What C writes there goes nowhere: Gloo has a line for each of its connections (JAX 0.11.2)."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    with open(os.devnull, "w") as nobody:
+        os.dup2(nobody.fileno(), 1)
 
 
 @contextlib.contextmanager

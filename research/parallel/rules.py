@@ -8,11 +8,12 @@
     pipeline splits the stack of layers that a pipeline's stages share (pipeline.py)
 
 The batch is split over data x fsdp x expert. Activations are placed where the embedding is `looked_up` and where
-`Products.placed` is called, nowhere else.
+`Products.placed` is called, nowhere else. Decoding has the same weights, and a cache that lies as CACHE says.
 """
 
 import math
 import re
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -32,12 +33,15 @@ RULES = (  # the first that matches a path gives the axes of its last dimensions
     (r"(^|/)lm_head$", ("fsdp", "tensor")),  # D V
     (r"/(q_a_proj|kv_a_proj_with_mqa|eh_proj|mlp/gate)/kernel$", ("fsdp", None)),  # latents and affinities stay whole
     (r"/(o_proj|down_proj)/kernel$", ("tensor", "fsdp")),
+    (r"/[kv]_b_proj/kernel$", ("tensor", "fsdp", None)),  # N H R and N R J, the factors that decoding absorbs
     (r"/kernel$", ("fsdp", "tensor")),
-    (r"/(scale|bias)$", (None,)),
+    (r"(/scale|/bias|^norm)$", (None,)),
     (r"/e_score_correction_bias$", (None,)),
     (r"/slots$", (None, None)),  # E C, of experts with copies
 )
 SPREAD = ("optimizer", "ema")  # parts of the state that one step reads and writes once
+CACHE = {  # of decoding: the axes of what is kept of each token (B, S, ...); rows are split like the batch
+    "latent": (None,), "rope_key": (None,), "key": ("tensor", None), "value": ("tensor", None), "tokens": ()}
 
 
 class Shardings(NamedTuple):
@@ -95,7 +99,7 @@ def shardings(mesh: Mesh, state) -> Shardings:
     shared = shared_stack(state["params"])
 
     def place(path, leaf):
-        names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
+        names = _names(path)
         if not leaf.shape:  # counts
             return NamedSharding(mesh, P())
         axes = axes_of("/".join(names), len(leaf.shape), shared)
@@ -105,11 +109,61 @@ def shardings(mesh: Mesh, state) -> Shardings:
                      NamedSharding(mesh, P()))
 
 
+def _names(path) -> list[str]:
+    return [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
+
+
+def of_decoding(mesh: Mesh, weights):
+    """Shardings of weights as decoding reads them; RequestError where the mesh does not divide them."""
+    leaves, tree = jax.tree.flatten_with_path(weights)
+    leaves = {"/".join(_names(path)): leaf for path, leaf in leaves}
+    check_shapes(leaves, mesh.shape)
+    return jax.tree.unflatten(tree, [NamedSharding(mesh, P(*axes_of(path, leaf.ndim, "layers")))
+                                     for path, leaf in leaves.items()])
+
+
+def of_generation(mesh: Mesh, state):
+    """Of decoding's state: the cache by name, by row what has a row's letter, whole what has not."""
+    def place(path, _):
+        name = _names(path)[-1]
+        if name in CACHE:
+            return of_cache(mesh, name)
+        return NamedSharding(mesh, P(BATCH) if name.rpartition("_")[2].startswith("B") else P())
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def of_cache(mesh: Mesh, name: str) -> NamedSharding:
+    """Of what is kept of each token under this name."""
+    return NamedSharding(mesh, P(BATCH, None, *CACHE[name]))
+
+
 def around(mesh: Mesh) -> dict:
     """The mesh and the axes of it that are left, as `jax.shard_map` takes them: within a pipeline one is taken."""
     context = jax.sharding.get_abstract_mesh()
     return {"mesh": context if context.manual_axes else mesh,
             "axis_names": set(mesh.axis_names) - set(context.manual_axes)}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Part:
+    """Of an array that all devices of `fsdp` have alike what one of them keeps until all read it again."""
+
+    part: jax.Array  # flat
+    shape: tuple[int, ...] = field(metadata={"static": True})
+
+
+def kept_in_parts(x):
+    """x, made of a gathered weight for the backward pass: within `shard_map` this device's `Part`, elsewhere itself."""
+    context = jax.sharding.get_abstract_mesh()
+    n = context.shape["fsdp"] if "fsdp" in context.manual_axes else 1
+    return x if n == 1 else Part(x.reshape(n, -1)[lax.axis_index("fsdp")], x.shape)
+
+
+def whole_again(x):
+    """What `kept_in_parts` was given."""
+    return lax.all_gather(x.part, "fsdp", tiled=True).reshape(x.shape) if isinstance(x, Part) else x
 
 
 def over_rows(mesh: Mesh | None, function, x, *whole):
@@ -121,6 +175,25 @@ def over_rows(mesh: Mesh | None, function, x, *whole):
         return function(x, *whole)
     return jax.shard_map(function, **around(mesh), in_specs=(P(BATCH), *(P() for _ in whole)), out_specs=P(BATCH),
                          check_vma=False)(x, *whole)
+
+
+def over_cache(mesh: Mesh | None, name: str, function, *arrays):
+    """function(*arrays), each device for what it has of the cache under this name; of (B,) for its rows."""
+    if mesh is None:
+        return function(*arrays)
+    held = of_cache(mesh, name).spec
+    return jax.shard_map(function, **around(mesh), in_specs=tuple(held if x.ndim > 1 else P(BATCH) for x in arrays),
+                         out_specs=held, check_vma=False)(*arrays)
+
+
+def over_heads(mesh: Mesh | None, function, *arrays):
+    """function(*arrays), an attention, each device for its rows and heads: of what has four dimensions the third is
+    heads. Returns (B, T, N, ...)."""
+    if mesh is None:
+        return function(*arrays)
+    heads = P(BATCH, None, "tensor")
+    return jax.shard_map(function, **around(mesh), in_specs=tuple(heads if x.ndim == 4 else P(BATCH) for x in arrays),
+                         out_specs=heads, check_vma=False)(*arrays)
 
 
 def on_own_rows(mesh: Mesh | None, function, x, *whole):

@@ -19,7 +19,15 @@ from kernels.grouped import BLOCK
 from kernels.product import accumulator
 from kernels.quantize import quantize_blocks
 from research.precision.matmul import kept_input, product, updated
-from research.precision.quantize import Quantized, both, quantize, quantize_transposed, weight
+from research.precision.quantize import (
+    Quantized,
+    both,
+    kept_weight,
+    quantize,
+    quantize_transposed,
+    weight,
+    weight_again,
+)
 from research.precision.recipe import TILE, Format, Recipe
 
 HISTORIES = ("x", "gate", "up", "down", "a", "dg", "du", "dy")  # operands that delayed scaling follows
@@ -191,7 +199,7 @@ def _forward(x_XD, gate_EDF, up_EDF, down_EFD, indices_XK, weights_XK, histories
         y_XD = sum(weighted).astype(dtype)
     seen = updated({name: histories[name] for name in histories if name in ("x", "gate", "up", "down")},
                    x=x_XD, gate=gate_EDF, up=up_EDF, down=down_EFD)
-    kept = tuple(q.packed() for q in (x_t, kept_g, kept_u, gate, up, down))
+    kept = tuple(q.packed() for q in (x_t, kept_g, kept_u)), tuple(map(kept_weight, (gate, up, down)))
     return y_XD, (kept, rows, indices_XK, weights_XK, seen, {n: histories[n] for n in histories if n not in seen})
 
 
@@ -238,7 +246,8 @@ def _activation_backward(g: Quantized, u: Quantized, da_MF, weight_M, rows, reci
 
 def _backward(recipe, implementation, most, residuals, dy_XD):
     kept, rows, indices_XK, weights_XK, seen, histories = residuals
-    kept_x, kept_g, kept_u, gate, up, down = (q.unpacked() for q in kept)
+    kept_x, kept_g, kept_u = (q.unpacked() for q in kept[0])
+    gate, up, down = map(weight_again, kept[1])
     x_t = kept_x
     if recipe.requantize or (recipe.dispatched and rows is not None):
         x_t = _quantize(kept_x.dequantized(), recipe.weight_gradient.left, rows, implementation, transposed=True)

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 
 import kernels.product as kernel
 from kernels.product import accumulator
-from research.precision.quantize import Quantized, both, quantize, quantize_transposed, weight
+from research.precision.quantize import (
+    Quantized,
+    both,
+    kept_weight,
+    quantize,
+    quantize_transposed,
+    weight,
+    weight_again,
+)
 from research.precision.recipe import Recipe
 
 
@@ -74,13 +82,13 @@ def _linear_forward(x_XD, w_DF, histories, recipe, after_attention, implementati
     w_t, w = weight(w_DF, recipe.forward.right, implementation, histories.get("w"))
     y_XF = product(x, w_t, recipe.forward.accumulation, x_XD.dtype, implementation)
     seen = updated({name: histories[name] for name in histories if name != "dy"}, x=x_XD, w=w_DF)
-    return y_XF, (kept.packed(), w.packed(), seen, histories.get("dy"))
+    return y_XF, (kept.packed(), kept_weight(w), seen, histories.get("dy"))
 
 
 def _linear_backward(recipe, after_attention, implementation, residuals, dy_XF):
     kept, w, seen, dy_history = residuals
     dy, dy_t = both(dy_XF, recipe.input_gradient.left, recipe.weight_gradient.right, implementation, 2 * [dy_history])
-    dx_XD = product(dy, w.unpacked(), recipe.input_gradient.accumulation, dy_XF.dtype, implementation)
+    dx_XD = product(dy, weight_again(w), recipe.input_gradient.accumulation, dy_XF.dtype, implementation)
     x_t = kept.unpacked()
     if recipe.requantize or (after_attention and recipe.attention_output):
         x_t = quantize_transposed(x_t.dequantized(), recipe.weight_gradient.left, implementation)

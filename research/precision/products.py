@@ -12,7 +12,7 @@ from kernels.experts import experts
 from kernels.weight_only import Narrow
 from kernels.weight_only import product as narrow_product
 from research.parallel.experts import over_mesh
-from research.parallel.rules import looked_up, on_own_rows, over_rows, placed
+from research.parallel.rules import looked_up, on_own_rows, over_heads, over_rows, placed
 from research.precision.experts import swiglu
 from research.precision.later import Later, put_off
 from research.precision.matmul import linear, matmul
@@ -84,6 +84,10 @@ class Products:
     def on_own_rows(self, function, x, *whole):
         """See `parallel.rules`."""
         return on_own_rows(self.mesh, function, x, *whole)
+
+    def over_heads(self, function, *arrays):
+        """See `parallel.rules`."""
+        return over_heads(self.mesh, function, *arrays)
 
     def linear(self, x, w_DF, name: str, histories):
         """x (..., D) times w_DF, in the dtype of activations. name: the projection's; histories: of `matmul.linear`."""

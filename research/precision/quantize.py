@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 import kernels.quantize as kernel
 from kernels.quantize import reference
+from research.parallel.rules import kept_in_parts, whole_again
 from research.precision.recipe import Format
 
 
@@ -103,6 +104,17 @@ def quantize_transposed(x_RC, form: Format, implementation: str, history=None) -
         return quantize(x_RC.T, form, implementation, history)
     values, scales = kernel.quantize_transposed(x_RC, form.kind, form.power_of_two, implementation=implementation)
     return Quantized(values, scales, form)
+
+
+def kept_weight(w: Quantized) -> Quantized:
+    """What is kept of a weight for the backward pass, `packed`: on devices that share its gathering, a part of it."""
+    w = w.packed()
+    return replace(w, values=kept_in_parts(w.values))
+
+
+def weight_again(w: Quantized) -> Quantized:
+    """The inverse of `kept_weight`."""
+    return replace(w, values=whole_again(w.values)).unpacked()
 
 
 def weight(w_DF, form: Format, implementation: str, history=None):

@@ -144,9 +144,8 @@ class Chain:
     def top(self, x_BTD):
         """Gradient of x behind the last layer, of the mean next-token loss."""
         def loss(x_BTD):
-            logits_BTV, out = self.model.apply(self.variables, x_BTD, self.batch["tokens_BT"], self.inputs,
-                                               method="end")
-            return token_losses(logits_BTV, out["mtp_logits"], self.batch)[0] / self.batch["mask_BT"].sum()
+            logits_BTV, _ = self.model.apply(self.variables, x_BTD, self.batch["tokens_BT"], self.inputs, method="end")
+            return token_losses((logits_BTV,), self.batch)[0] / self.batch["mask_BT"].sum()
 
         return jax.grad(loss)(x_BTD)
 

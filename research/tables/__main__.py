@@ -62,8 +62,10 @@ def main() -> None:
 
 def trained(tables: dict, seeds: tuple[int, ...] | None, folder: Path) -> None:
     """Trains what the tables miss and writes them, one after another; every run is checked before the first."""
+    from research import environment
     from research.tables import judgement, runner, study
 
+    environment.compute_in_this_thread()
     scale, kinds = _SCALE.value, {name: runner.kind(table) for name, table in tables.items()}
     known = list(dict.fromkeys(size for kind in kinds.values() for size in kind.SIZES[scale]))
     sizes = _SIZES.value or known

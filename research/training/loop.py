@@ -87,6 +87,7 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
         stop = stack.enter_context(StopRequests(hosts.Stops(model.products.mesh) if hosts.several() else None))
         profiler = Profiler(workdir / "profile", first, steps) if profile and hosts.is_first() else None
         flops_per_token = flops.training_per_token(settings)
+        alone = jax.default_backend() == "cpu" and model.products.mesh is None  # a call returns when its step is done
         compiled, eval_step = {}, make_eval_step(model, settings)
         pending, ready = None, 0.0  # the step whose metrics are not read yet: (step, metrics, tokens, dispatched)
 
@@ -108,7 +109,8 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
             speed = size / seconds
             log.write({"step": done, "split": "train"} | metrics | {
                 "tokens": tokens, "tokens_per_second": speed, "mfu": flops_per_token * speed / peak})
-            progress.update(done, f"loss {metrics['loss']:.3f}, {speed:,.0f} tokens/s")
+            told = "reward" if "reward" in metrics else "loss"  # the loss of reinforcement is about 0 at every step
+            progress.update(done, f"{told} {metrics[told]:.3f}, {speed:,.0f} tokens/s")
 
         def save(loss):
             with clock.phase("save"):
@@ -133,7 +135,7 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
                 log.write({"step": step, "split": "validation"} | found)
             checkpoints.rank(step, found["loss"])
             logging.info("step %d: validation %s", step, f"{found['bits_per_byte']:.3f} bits per byte"
-                         if "bits_per_byte" in found else f"loss {found['loss']:.3f}")
+                         if "bits_per_byte" in found else f"accuracy {found['accuracy']:.1%}")
             return found
 
         validation = None
@@ -149,6 +151,7 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
                 read_pending()
                 with clock.phase("compile"):
                     compiled[shapes] = step_function.lower(state, batch).compile()
+                    hosts.from_all(None)  # else Gloo gives the others 30 s to compile it too (JAX 0.11.2)
             if profiler:
                 profiler.before(step)
             dispatched = time.perf_counter()
@@ -156,6 +159,8 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
             state, metrics = compiled[shapes](state, batch)
             read_pending()
             pending = (step, metrics, size, dispatched)
+            if alone:
+                read_pending()
             if profiler:
                 profiler.after(step, metrics)
             stops = bool(stop.agreed(asked))
@@ -234,7 +239,7 @@ def shared_out(corpus, model, settings):
 
 
 def gathered(state):
-    """What decoding reads of a state, on the first device of the first process: it knows no mesh."""
+    """What decoding reads of a state, on the first device of the first process, which decodes alone."""
     kept = {name: state[name] for name in ("params", "routing", "ema", "step")}
     if hosts.several():
         kept = hosts.whole(kept, kept["step"].sharding.mesh)

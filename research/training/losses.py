@@ -40,11 +40,17 @@ def mtp_targets(batch, k: int):
     return shift_left(batch["targets_BT"], k), same_BT & shift_left(batch["mask_BT"], k) & batch["mask_BT"]
 
 
-def token_losses(logits_BTV, mtp_logits, batch):
-    """Summed cross-entropy of the main head and of each depth: (sum, (M,) sums), nats, float32."""
-    main = jnp.sum(jnp.where(batch["mask_BT"], cross_entropy(logits_BTV, batch["targets_BT"]), 0))
-    deeper = []
-    for k, logits in enumerate(mtp_logits, start=1):
-        targets_BT, mask_BT = mtp_targets(batch, k)
-        deeper.append(jnp.sum(jnp.where(mask_BT, cross_entropy(logits, targets_BT), 0)))
-    return main, jnp.stack(deeper) if deeper else jnp.zeros((0,), jnp.float32)
+def token_losses(logits, batch):
+    """Summed cross-entropy of the main head and of each depth: (sum, (M,) sums), nats, float32.
+
+    logits: (B, T, V) of the main head and each depth in turn, of several of them in one array behind one another.
+    """
+    B, T = batch["targets_BT"].shape
+    sums = []
+    for logits_BXV in logits:
+        depths = range(len(sums), len(sums) + logits_BXV.shape[1] // T)
+        targets_BX, mask_BX = (jnp.concatenate(parts, axis=1) for parts in zip(
+            *(mtp_targets(batch, k) for k in depths), strict=True))
+        nats_BX = jnp.where(mask_BX, cross_entropy(logits_BXV, targets_BX), 0)
+        sums.extend(jnp.sum(nats_BX.reshape(B, -1, T), axis=(0, 2)))
+    return sums[0], jnp.array(sums[1:], jnp.float32)

@@ -101,7 +101,7 @@ def loss_of(trained, routing, batch, total, pieces: int, weight, model, settings
     of `amax` is its value after the step. Returns (loss, metrics).
     """
     logits_BTV, out = apply_model(model, settings, trained["params"], routing, batch, trained["amax"])
-    losses = token_losses(logits_BTV, out["mtp_logits"], batch)
+    losses = token_losses((logits_BTV, *out["mtp_logits"]), batch)
     loss, metrics = _joined(*losses, out["balance_loss"], total, pieces, weight)
     return loss, metrics | {"loads": loads_of(out["routing"])}
 
@@ -134,9 +134,13 @@ def stage_of(model: Transformer, settings, rows: int, total, weight) -> pipeline
 
     def whole(params, routing, received_BTD, batch, first, last):
         passed_BTD, found = layers(params, routing, received_BTD, batch, first)
-        apply, inputs = bound(params, routing, batch)
-        logits_BTV, out = apply(passed_BTD, batch["tokens_BT"], inputs, method="end")
-        ended = *token_losses(logits_BTV, out["mtp_logits"], batch), balance_of(*out["routing"]), _loads(out["routing"])
+        # going backward, the layers wait for the gradients of what is behind them: XLA would hold logits' until the end
+        end = {name: weights for name, weights in params.items() if not name.endswith("layers")}
+        ended_BTD, end = jax.lax.optimization_barrier((passed_BTD, end))
+        apply, inputs = bound(end, routing, batch)
+        _, out = apply(ended_BTD, batch["tokens_BT"], inputs, method="end")
+        losses = token_losses((apply(out, method="logits_together"),), batch)
+        ended = *losses, balance_of(*out["routing"]), _loads(out["routing"])
         main, deeper, balance, mtp_loads = jax.tree.map(lambda x: jnp.where(last, x, 0), ended)
         loss, metrics = _joined(main, deeper, balance + balance_of(found), total, pieces, weight)
         return (passed_BTD, loss), (found and found["loads"], (metrics, mtp_loads))
@@ -244,7 +248,7 @@ def make_eval_step(model: Transformer, settings):
     @partial(jax.jit, **placing)
     def eval_step(params, routing, batch):
         logits_BTV, out = apply_model(model, settings, params, routing, batch)
-        nats, _ = token_losses(logits_BTV, (), batch)
+        nats, _ = token_losses((logits_BTV,), batch)
         hits, counts = [], []
         for k, logits in enumerate(out["mtp_logits"], start=1):
             targets_BT, mask_BT = mtp_targets(batch, k)

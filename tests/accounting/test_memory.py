@@ -37,7 +37,7 @@ def parts(recipe: str) -> dict[str, list]:
 
 def activations(leaves) -> int:
     """Bytes of what has an entry or more for each token, scales apart: those have one for 128."""
-    return memory.bytes_of(leaf for leaf in leaves if TOKENS in leaf.shape and leaf.size >= 128 * TOKENS)
+    return memory.needed_by(leaf for leaf in leaves if TOKENS in leaf.shape and leaf.size >= 128 * TOKENS)
 
 
 def test_inputs_of_projections_are_half_of_16_bits_and_a_quarter_of_32():
@@ -98,10 +98,14 @@ def test_what_does_not_grow_with_the_tokens_is_apart():
     assert found["fp8_deepseek"]["kept_per_token"]["model"] < found["bfloat16"]["kept_per_token"]["model"]
 
 
-def test_a_device_holds_what_the_compiled_program_takes():
+@pytest.mark.parametrize("argument, fields", [
+    ("nano", ("mtp.num_nextn_predict_layers=0", "model.num_hidden_layers=1", "model.first_k_dense_replace=0")),
+    ("llama_3_1", ("model.num_hidden_layers=4", "model.scan_unroll=1", "precision.recipe=float32",  # a loop, as on GPUs
+                   "data.sequence_length=32", "training.batch_size=2", "training.accumulation_steps=2")),
+])
+def test_a_device_holds_what_the_compiled_program_takes(argument, fields):
     """A step in float32 on this machine: arguments, results that are not donated arguments, and temporaries."""
-    s = settings_of("experiments/nano.py:smoke", (
-        "mtp.num_nextn_predict_layers=0", "model.num_hidden_layers=1", "model.first_k_dense_replace=0"))
+    s = settings_of(f"experiments/{argument}.py:smoke", fields)
     model = memory.make_model(s)
     step = make_train_step(model, s).lower(abstract_state(model, s), batch_of(s))
     found = step.compile().memory_analysis()
@@ -172,7 +176,20 @@ def test_accumulated_gradients_stay():
         "precision.recipe=float32", f"training.accumulation_steps={pieces}")), gpu=False) for pieces in (1, 2))
     assert twice["activations"] == pytest.approx(once["activations"] / 2, rel=1e-3)
     assert once["total"] == sum(once[n] for n in ("weights", "moments", "activations", "buffers"))
-    assert twice["total"] == sum(twice[n] for n in ("weights", "moments", "activations", "buffers", "gradients"))
+    assert twice["total"] == sum(twice[n] for n in ("weights", "moments", "activations", "buffers", "accumulated"))
+
+
+def test_a_loop_over_layers_has_gradients_beside_activations():
+    """On a GPU, where layers are one; and what is transposed there to be gathered, by hand: routed experts, and what
+    comes back from the attention of four blocks, from a dense network and from three of shared experts."""
+    alone, pieces, split = (memory.of_device(settings_of("experiments/nano.py:smoke", (
+        "precision.recipe=float32", "training.batch_size=8", *fields)), gpu=True) for fields in (
+        (), ("training.accumulation_steps=2",), ("mesh.fsdp=2",)))
+    for found in alone, pieces, split:
+        assert found["total"] == pytest.approx(sum(found.values()) / 2, abs=len(found))
+    assert alone["accumulated"] == alone["transposed"] == 0 and pieces["accumulated"] == pieces["gradients"]
+    routed = count(settings_of("experiments/nano.py:smoke", ()))["by_part"]["routed experts"] * 3 // 2
+    assert split["transposed"] == 4 * (routed + 64 * (4 * 64 + 128 + 3 * 32)) / 2
 
 
 def test_norms_keep_only_what_they_read():

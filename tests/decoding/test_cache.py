@@ -36,7 +36,7 @@ def changes_of(name, more=None):
 def stepper(model):
     def step(weights, rows, tokens_BT, positions_BT):
         after, _, rows = forward(model, weights, rows, tokens_BT, positions_BT)
-        return head(weights, after), rows
+        return head(model, weights, after), rows
 
     return jax.jit(step)
 

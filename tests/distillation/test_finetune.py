@@ -74,7 +74,7 @@ def test_an_example_costs_the_same_alone_as_packed_among_others():
     @jax.jit
     def cost(batch):
         logits, _ = model.apply(variables, batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"])
-        return token_losses(logits, (), batch)[0]
+        return token_losses((logits,), batch)[0]
 
     packed = rows_of(PAIRS[:3])
     assert packed.rows == 2

@@ -23,6 +23,7 @@ from research.interop.weights import initial_variables
 from research.model.build import make_model
 from research.studies.distillation import Distilled
 from research.training.checkpoint import seal
+from research.training.metrics import Progress
 from research.training.step import init_state, make_train_step
 from tests.commands import exit_code
 from tests.training import runs
@@ -239,11 +240,17 @@ def stop_at(number, monkeypatch, workdir, stage, **changes):
         run(workdir, stage, **changes)
 
 
-def test_a_stopped_reinforcement_goes_on_as_if_it_had_not_been(whole, copy, monkeypatch):
+def test_a_stopped_reinforcement_goes_on_as_if_it_had_not_been(whole, copy, monkeypatch, caplog):
+    """And says what is trained, its reward and its accuracy."""
     shutil.rmtree(copy / "teacher")
     stop_at(4, monkeypatch, copy, "teacher")
     assert [line["step"] for line in runs.lines(copy / "teacher")] == [1, 2, 3, 4]
-    run(copy, "teacher")
+    told = []
+    monkeypatch.setattr(Progress, "update", lambda _, step, text: told.append(text))
+    with caplog.at_level("INFO", "absl"):
+        run(copy, "teacher")
+    assert f"{copy / 'teacher'} is trained" in caplog.text and ": validation accuracy " in caplog.text
+    assert told and all(text.startswith("reward ") for text in told)
     assert runs.lines(copy / "teacher") == runs.lines(whole[0] / "teacher")
     assert runs.state_of(copy / "teacher")[1] == runs.state_of(whole[0] / "teacher")[1]
 
@@ -319,8 +326,9 @@ def test_an_empty_file_of_samples_is_refused(tmp_path):
         (tmp_path / "verified.jsonl").write_text(line + "\n")
         with pytest.raises(RequestError, match=r"verified.jsonl has a line that is no kept sample"):
             run(tmp_path, "student", **{"cold_start.student_steps": 0})
-    with pytest.raises(RequestError, match=r"config\.tuning\.files='no\*' .*matches no file"):
-        run(tmp_path, "student", **{"cold_start.student_steps": 0, "tuning.files": "no*"})
+    for files, said in (("no*", r"='no\*' matches no file"), ("no*,no", r"='no\*,no' 'no\*' matches no file")):
+        with pytest.raises(RequestError, match=rf"config\.tuning\.files{said}"):
+            run(tmp_path, "student", **{"cold_start.student_steps": 0, "tuning.files": files})
 
 
 def test_users_problems_need_their_fields_and_solutions(tmp_path):

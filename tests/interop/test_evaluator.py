@@ -188,7 +188,8 @@ def test_the_model_hands_each_request_on_and_each_answer_to_the_cache(monkeypatc
     (["--checkpoint=x", "--tasks=a", "--recipe=fp8"], "--recipe='fp8' must be one of float32, bfloat16"),
     (["--checkpoint=x", "--tasks=a", "--samples"], "--samples needs --output"),
     (["--checkpoint=x", "--tasks=a", "--output=/does/not/exist.json"], "--output='/does/not/exist.json' is in"),
-    (["--checkpoint=x", "--tasks=a"], r"lm-evaluation-harness cannot be imported .*pip install -r requirements-eval"),
+    (["--checkpoint=x", "--tasks=a"], "--checkpoint='x' does not exist"),
+    (["--checkpoint=.", "--tasks=a"], r"lm-evaluation-harness cannot be imported .*pip install -r requirements-eval"),
 ])
 def test_wrong_requests_are_one_line(words, pattern, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as where it is not installed

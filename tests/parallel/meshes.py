@@ -305,6 +305,47 @@ def reinforced(**sizes) -> list[dict]:
     return found
 
 
+def decoded(folder: Path) -> dict:
+    """Greedy texts after three prompts: by `one` device, drafted; over data 2 x expert 2 x tensor 2 `plain` and
+    `drafted`; and of a folder, as research.generate loads it over fsdp 2 x tensor 2, `grouped` queries. What a device
+    has of weights and of the cache, and the program of the steps."""
+    import shutil
+
+    import jax
+    import numpy as np
+
+    from research import generate
+    from research.data.tokenizer import Tokenizer, _bytes
+    from research.decoding.generate import Decoder
+    from research.parallel.mesh import make_mesh
+    from tests import tiny
+
+    def said(decoder, prompts, drafts):
+        made = decoder.generate(prompts, 60, draft_tokens=drafts)
+        program = next(program for name, program in decoder._compiled.items() if name[0] == "decode")
+        state, over = decoder.weights["layers"][-1]["params"], program.output_shardings["cache"]["layers"][-1].arrays
+        of_token = (4, 8) if "key" in over else (8,)
+        weights = state["mlp"]["gate_proj"], state["attention"]["o_proj"], decoder.weights["embed_tokens"]
+        return {"tokens": made.tokens, "steps": made.steps, "accepted": made.accepted, "program": program.as_text(),
+                "cache": {name: way.shard_shape((4, 128, *of_token)) for name, way in over.items()},
+                "held": [x.addressable_shards[0].data.shape for x in jax.tree.leaves(weights)]}
+
+    def random(drafts, **sizes):
+        s = tiny.settings(FIELDS | {"model.vocab_size": 8} | {f"mesh.{axis}": size for axis, size in sizes.items()})
+        model, variables = tiny.model(s)
+        products = replace(model.products, mesh=make_mesh(s), expert_room=s.training.expert_room)
+        return said(Decoder(model.clone(products=products), variables), [[1, 7, 2, 3, 5], [3], [6, 6]], drafts)
+
+    golden, made = Path(__file__).parents[1] / "golden/qwen2_tiny", folder / "qwen2_tiny"
+    shutil.copytree(golden, made)
+    Tokenizer(_bytes()).save(made / "tokenizer.json")
+    begun = np.load(golden / "golden.npz")["greedy"][0].tolist()
+    grouped = generate.load(made, None, None, None, ("mesh.fsdp=2", "mesh.tensor=2"))[0]
+    return {"one": random(1), "plain": random(0, data=2, expert=2, tensor=2),
+            "drafted": random(1, data=2, expert=2, tensor=2),
+            "grouped": said(grouped, [begun[:16], begun[:5], begun[2:9]], 0)}
+
+
 def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
     """`jax.lax.ragged_all_to_all`, which XLA:CPU lacks, by gathers; NaN where senders and receivers do not agree."""
     import jax
@@ -393,6 +434,6 @@ if __name__ == "__main__":
         json.dump({name: run(name) for name in MESHES} | {
             "restored": restored(Path(folder)), "placed": placed(Path(folder)), "ragged": ragged(),
             "evaluated": evaluated(), "reinforced": [reinforced(), reinforced(data=4, tensor=2)],
-            "dispatched": dispatched(),
+            "dispatched": dispatched(), "decoded": decoded(Path(folder)),
             "in 8 bits": [in_8_bits("none"), in_8_bits("layer", data=2, fsdp=2, expert=2)]}, sys.stdout)
     copied_whole()

@@ -4,6 +4,8 @@ import functools
 import json
 import shutil
 import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -138,6 +140,14 @@ def test_the_first_process_alone_speaks(lives, folder):
     assert "\na device of data 2: " in lives["stopped"][0][2]  # what the account expects of its memory
     lines = [line for line in lives["stopped"][1][2].splitlines() if line]
     assert lines == ["warning: stopping after this step; once more to leave without saving"]
+    assert [out for _, out, _ in lives["stopped"] + lives["killed"]] == 4 * [""]  # Gloo is not heard
+
+
+def test_stdout_is_left_to_python():
+    program = ("import os; from research.parallel.hosts import _leave_stdout_to_python as leave; print('a'); leave(); "
+               "os.write(1, b'of C'); print('é')")
+    done = subprocess.run([sys.executable, "-X", "utf8", "-c", program], capture_output=True, cwd=processes.ROOT)
+    assert done.stdout.decode() == "a\né\n", done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -58,6 +58,31 @@ def test_products_in_8_bits_are_kernels_on_each_device():
     assert lowering.EXCHANGE.search(text)[1] == "all_reduce"  # the weight's gradient
 
 
+@pytest.mark.parametrize("part", ["linear", "experts"])
+def test_of_a_gathered_weights_copy_each_device_keeps_a_part(part):
+    """8 bits a weight, once on the devices of fsdp together; what is multiplied with it is each device's own."""
+    settings = settings_of("experiments/nano.py:smoke", (
+        "precision.recipe=fp8_deepseek", "evaluation.batch_size=8", "training.batch_size=8", "mesh.data=2",
+        "mesh.fsdp=4"))
+    mesh, D, F = abstract_mesh(settings), 256, 384
+    products = make_model(settings, mesh).products
+
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    x_XD, chosen = jax.ShapeDtypeStruct((8 * 16, D), jnp.bfloat16), jax.ShapeDtypeStruct((8 * 16, 2), jnp.int32)
+    with jax.sharding.use_abstract_mesh(mesh):
+        if part == "linear":
+            weights = 1
+            kept = memory.kept_by(lambda x, w: products.linear(x, w, "q_proj", {}), x_XD, array(D, F))
+        else:
+            weights = 3 * 2
+            kept = memory.kept_by(lambda x, *w: products.experts(x, *w, {}), x_XD, array(2, D, F), array(2, D, F),
+                                  array(2, F, D), chosen, array(8 * 16, 2))
+    sizes = [leaf.size for leaf in kept if leaf.dtype == jnp.uint8 and leaf.ndim == 1]
+    assert sum(sizes) == mesh.shape["data"] * weights * D * F
+
+
 def test_what_is_printed_and_refused(capsys, monkeypatch):
     given = {
         "devices": 2048, "mesh": {"pipeline": 2, "data": 16, "fsdp": 1, "expert": 64, "tensor": 1}, "lines": 27933,
@@ -95,10 +120,18 @@ def test_what_is_printed_and_refused(capsys, monkeypatch):
 
 
 SCHEDULE = """
-%body (p: f32[8]) -> f32[8] {
+%branch (p: f32[8]) -> f32[8] {
   %a = ((f32[2]{0}), f32[8]{0}) all-gather-start(%p), dimensions={0}, metadata={op_name="jit(f)/gather"}
   %b = f32[8]{0} bitcast(%p)
   %c = f32[8]{0} all-gather-done(%a)
+}
+
+%other (p: f32[8]) -> f32[8] {
+  %q = f32[] all-reduce(%p), to_apply=%add
+}
+
+%twice (p: f32[8]) -> f32[8] {
+  ROOT %r = f32[8]{0} conditional(%p, %p), branch_computations={%none, %branch}, metadata={op_name="%other"}
 }
 
 ENTRY %main (p: f32[8]) -> f32[8] {
@@ -108,17 +141,24 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   %g = bf16[4,2]{1,0:S(1)} ragged-all-to-all-done(%d), metadata={op_name="jit(f)/exchange"}
   %h = f32[9]{0} custom-call(%f), custom_call_target="k"
   %i = (f32[2,3]{1,0}, f32[]) all-reduce-done(%e)
-  %j = f8e4m3fn[16]{0} all-to-all(%p), backend_config={"is_sync":true}
-  ROOT %k = f32[8]{0} while(%p), body=%body
+  %j = f8e4m3fn[16]{0} all-to-all(%p), replica_groups={{0,1},{2,3}}, backend_config={"is_sync":true}
+  %l = f32[8]{0} all-reduce(%p), replica_groups={{0},{1}}, to_apply=%add
+  %m = f32[8]{0} all-reduce(%p), replica_groups=mesh['data'=2,'tensor'=1,'expert'=1] {'tensor','expert'}, to_apply=%add
+  %n = f32[2]{0} all-reduce(%p), replica_groups=mesh['data'=2,'tensor'=1] {'data','tensor'}, to_apply=%add
+  %o = f32[8]{0} while(%p), condition=%less, body=%other
+  ROOT %k = f32[8]{0} while(%p), condition=%less, body=%twice, backend_config={"known_trip_count":{"n":"3"},"x":"1"}
 }
 """
 
 
 def test_exchanges_and_what_is_computed_meanwhile_by_hand():
+    """Of a branch in a loop of three, of a loop of nobody knows how many, and not of groups of one device."""
     assert overlap.exchanges(SCHEDULE) == [
-        ("all-gather", 32, ()), ("ragged-all-to-all", 16, ("jit(f)/shared_experts/dot_general",)),
-        ("all-reduce", 28, ("jit(f)/shared_experts/dot_general", "")), ("all-to-all", 16, ())]
-    assert overlap.summary(SCHEDULE).startswith("2 of 4 exchanges, 44 of 92 bytes, go on beside computation")
+        ("all-gather", 32, (), 3), ("all-reduce", 4, (), 0),
+        ("ragged-all-to-all", 16, ("jit(f)/shared_experts/dot_general",), 1),
+        ("all-reduce", 28, ("jit(f)/shared_experts/dot_general", ""), 1), ("all-to-all", 16, (), 1),
+        ("all-reduce", 8, (), 1)]
+    assert overlap.summary(SCHEDULE).startswith("2 of 6 exchanges, 44 of 104 bytes, go on beside computation")
 
 
 @pytest.mark.gpu

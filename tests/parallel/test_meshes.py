@@ -14,10 +14,11 @@ from jax.sharding import AbstractMesh
 
 from research import summary
 from research.accounting import exchange
+from research.decoding.generate import Decoder
 from research.errors import RequestError
 from research.interop.tensors import list_tensors
 from research.model.build import make_model
-from research.parallel import experts
+from research.parallel import experts, overlap
 from research.parallel.mesh import make_mesh
 from research.parallel.rules import AXES, axes_of, spread
 from research.training.step import make_train_step
@@ -187,6 +188,16 @@ def test_the_exchange_sends_what_it_must(found):
         assert any(re.search("shard_map/(.*/)?while/", name) for _, name in exchanges(mesh)), mesh
 
 
+@pytest.mark.parametrize("mesh, within", [("data", 0.02), ("pipeline", 0.002), ("fsdp", 0.2)])
+def test_the_account_of_a_step_is_what_its_program_exchanges(found, mesh, within):
+    """Besides the account XLA sums the head's two gradients one by one (data), and does not gather twice all that it
+    might (fsdp); what `expert` sends is counted above, and of `tensor` XLA makes more sums than it would need."""
+    sent = sum(each.bytes * each.times for each in overlap.exchanges(found[mesh]["program"]))
+    sizes = {f"mesh.{axis}": size for axis, size in MESHES[mesh].items()}
+    assert sent == pytest.approx(exchange.of_step(tiny.settings(
+        FIELDS | (IN_PIECES if mesh in PIPELINES else {}) | sizes)), rel=within)
+
+
 def test_where_the_platform_has_it_only_tokens_travel(found):
     """The ragged exchange, by an emulation of what XLA:CPU lacks; its program for GPUs: three arrays there and one
     back, and the gradients of all but the choices, in the first round and the others, which are computed again."""
@@ -269,6 +280,45 @@ def test_a_release_is_read_onto_a_mesh(found):
     untied = found["placed"]["untied"]
     assert untied["equal"] and untied["held"]["params/lm_head"] == [32, 192]
     assert untied["held"]["params/dense_layers/mlp/up_proj/kernel"][1:] == [32, 80]
+
+
+def test_texts_over_a_mesh_are_those_of_one_device(found):
+    """Three prompts for four who share the batch: nothing is said of the row that fills it."""
+    of, golden = found["decoded"], np.load(ROOT / "tests/golden/qwen2_tiny/golden.npz")["greedy"][0].tolist()
+    assert [len(row) for row in of["one"]["tokens"]] == [60, 60, 60]
+    assert of["plain"]["tokens"] == of["drafted"]["tokens"] == of["one"]["tokens"]
+    assert (of["drafted"]["steps"], of["drafted"]["accepted"]) == (of["one"]["steps"], of["one"]["accepted"])
+    assert of["plain"]["steps"] == 3 * 59 and 0 < of["one"]["accepted"][0] < of["one"]["steps"]
+    assert of["grouped"]["tokens"][0][:24] == golden[16:]
+
+
+def test_a_cache_lies_as_the_table_says(found):
+    """Rows like the batch, keys and values by heads, latents whole; weights as in training; and no step gathers rows,
+    slots (128) or experts."""
+    of = found["decoded"]
+    assert of["drafted"]["cache"] == {"latent": [1, 128, 8], "rope_key": [1, 128, 8]}
+    assert of["grouped"]["cache"] == {"key": [2, 128, 2, 8], "value": [2, 128, 2, 8]}
+    assert of["one"]["held"] == [[8, 16, 40], [12, 16], [8, 16]]
+    assert of["drafted"]["held"] == [[4, 16, 20], [6, 16], [4, 16]]
+    assert of["grouped"]["held"] == [[32, 80], [32, 32], [192, 32]]
+    for name in ("plain", "drafted", "grouped"):
+        for dimensions, asked in gathers(of[name]["program"]):
+            assert 128 not in dimensions and not of_experts(dimensions), (name, asked)
+    assert "collective-permute" not in of["plain"]["program"]  # as updates of rows would be that XLA splits by itself
+
+
+@pytest.mark.parametrize("fields, weights, said", [
+    ({"mesh.pipeline": 2, "training.accumulation_steps": 2, "model.num_hidden_layers": 2}, None,
+     "config.mesh.pipeline=2 must be 1: decoding has no stages"),
+    ({"mesh.tensor": 2, "model.attention": "gqa"}, None,
+     "config.mesh.tensor=2 does not divide config.model.num_key_value_heads=1"),
+    ({"mesh.data": 2}, "int8", "--weights=int8: over a mesh they are as the recipe has them"),
+])
+def test_what_is_not_decoded_over_a_mesh(fields, weights, said):
+    s = tiny.settings(FIELDS | fields)
+    mesh = AbstractMesh(tuple(s.mesh[axis] for axis in AXES), AXES)
+    with pytest.raises(RequestError, match=said):
+        Decoder(make_model(s, mesh), {}, weights=weights)
 
 
 @pytest.mark.parametrize("fields, said", [

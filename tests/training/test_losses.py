@@ -43,10 +43,10 @@ def test_masked_targets_count_neither_in_value_nor_in_gradient():
     batch = tiny.batch()
     logits_BTV = np.random.default_rng(0).normal(size=(*batch["mask_BT"].shape, tiny.VOCABULARY)).astype(np.float32)
     elsewhere = {**batch, "targets_BT": np.where(batch["mask_BT"], batch["targets_BT"], 5)}
-    loss = jax.value_and_grad(lambda logits, b: token_losses(logits, (), b)[0])
+    loss = jax.value_and_grad(lambda logits, b: token_losses((logits,), b)[0])
     value, gradient = loss(logits_BTV, batch)
     assert float(value) == float(loss(logits_BTV, elsewhere)[0])
     assert np.max(np.abs(np.asarray(gradient)[~batch["mask_BT"]])) == 0
     assert np.min(np.max(np.abs(np.asarray(gradient)[batch["mask_BT"]]), axis=-1)) > 0
     nothing = {**batch, "mask_BT": np.zeros_like(batch["mask_BT"])}
-    assert float(token_losses(logits_BTV, (logits_BTV,), nothing)[1][0]) == 0
+    assert float(token_losses((logits_BTV, logits_BTV), nothing)[1][0]) == 0

@@ -1,13 +1,14 @@
 """One step: its loss and gradient against numpy, accumulation, the bias, the average, pinned metrics."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.training.step import init_state, loss_of, make_eval_step, make_train_step
+from research.training.step import init_state, loss_of, make_eval_step, make_train_step, stage_of
 from research.tree import map_paths, paths
 from tests import tiny
 from tests.model import reference
@@ -189,3 +190,21 @@ def test_without_experts_and_without_multi_token_modules():
     assert after["routing"] == {} and metrics["mtp_loss"].shape == (0,)
     assert float(metrics["loss"]) == float(metrics["next_token_loss"]) and float(metrics["balance_loss"]) == 0
     assert "load_violation" not in metrics
+
+
+def test_a_stages_head_has_one_gradient_for_which_its_layers_wait():
+    """Of the main head and two depths; each product of its own would hold its logits and a whole gradient."""
+    s, model, variables, _ = trained()
+    batch, params = tiny.batch(), variables["params"]
+    stage = stage_of(model, s, 4, 1.0, 1.0)
+
+    def backward(params, received_BTD, dy_BTD):
+        _, transpose, _ = jax.vjp(lambda *x: stage.whole(x[0], variables["routing"], x[1], batch, True, True), params,
+                                  received_BTD, has_aux=True)
+        return transpose((dy_BTD, jnp.ones(())))
+
+    x_BTD = jnp.zeros(stage.passed.shape, stage.passed.dtype)
+    program = jax.make_jaxpr(backward)(params, x_BTD, x_BTD)
+    assert len(re.findall(r"f32\[16,32\] = dot_general", str(program))) == 1
+    _, back = (eqn for eqn in program.eqns if eqn.primitive.name == "optimization_barrier")
+    assert {(4, 12, 16), (16, 32)} <= {x.aval.shape for x in back.outvars}

@@ -4,6 +4,7 @@ import json
 import statistics
 
 TEMPERATURES = (0.0, 0.6)  # of drafting
+MASKED = (1, 2, 3, 4)  # sixteenths of the routed experts
 
 
 def last(name: str):
@@ -80,6 +81,16 @@ def moved(found: dict) -> Pictured:
                     alike=False)
 
 
+def rise(sixteenths: int):
+    """Of the loss, with so many sixteenths of the routed experts masked, each token's best; None for an arm of which
+    this is not read."""
+    def figure(run, lines: list[dict]) -> float | None:
+        losses = next(line for line in lines if line["split"] == "masked")["loss"]
+        return losses[str(sixteenths)] - last("loss")(run, lines) if losses else None
+
+    return figure
+
+
 def half_interval(run, found: dict) -> float:
     """Of pass@1, of one run, in %."""
     return 50 * (found["pass_at_1"]["high"] - found["pass_at_1"]["low"])
@@ -113,4 +124,5 @@ QUANTITIES = {  # name and unit of a figure: what reads it off a run and its met
     **{f"times plain speed, {k} drafted, temperature {t:g}": (of_drafting(k, t, lambda row: row["speedup"]), 2)
        for t in TEMPERATURES for k in (1, 2)},
     "load that domains move, %": (line_of("domains", moved), 1),
+    **{f"rise of the loss, best {n}/16 masked": (rise(n), 4) for n in MASKED},
 }

@@ -5,6 +5,7 @@ import json
 import re
 from types import SimpleNamespace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,11 +17,14 @@ from research.data.sources import Document
 from research.data.tokenizer import Tokenizer, _bytes
 from research.errors import RunError
 from research.model.build import make_model
+from research.model.moe import Gate
+from research.precision.products import Products
+from research.precision.recipe import RECIPES
 from research.tables import judgement, moe_architecture, mtp_decode, runner, study, v3_specialisation, yarn_needle
 from research.tables.quantities import QUANTITIES, Pictured
 from research.tables.readings import Reading
 from research.tables.study import Study
-from research.training import step
+from research.training import evaluation, step
 from research.training.checkpoint import Checkpoints
 from research.training.evaluation import evaluate
 from research.tree import map_paths
@@ -29,7 +33,7 @@ from tests.tables.test_study import FIELDS, recorded
 from tests.tables.test_tables import PNG
 from tests.tables.test_tables import run as answer
 
-READ = {name: runner.load(name) for name in ("mtp_decode", "v3_specialisation", "yarn_needle")}
+READ = {name: runner.load(name) for name in ("moe_architecture", "mtp_decode", "v3_specialisation", "yarn_needle")}
 PAIR = Study("yarn", ("base", "untrained"), ("bits per byte",), (), starts={"untrained": "base"},
              untrained=("untrained",))
 FOUND = {  # what a reading leaves, by its name
@@ -39,6 +43,7 @@ FOUND = {  # what a reading leaves, by its name
     "drafting": {"rows": [{"temperature": t, "k": k, "tokens_per_step": [1.5, 1.25, 1.75], "speedup": [0.5 + k, 9, 0],
                            "acceptance": [[0.5, 0.25][:k], [0.75, 0.5][:k], [0.25, 0.0][:k]]}
                           for t in (0.0, 0.6) for k in (0, 1, 2)]},
+    "masked": {"loss": {"1": 4.25, "2": 4.5, "3": 4.75, "4": 5.0}},
 }
 
 
@@ -115,14 +120,66 @@ def test_a_disabled_shared_expert_is_one_that_adds_nothing(mixture):
     assert ours == pytest.approx(theirs, abs=1e-5)
 
 
-def test_the_disabled_arm_is_fine_4_less_its_shared_expert(tmp_path):
+def test_the_disabled_arm_is_fine_4_less_its_shared_expert_and_others_choose_fewer(tmp_path):
     by_arm = {run.arm: run for run in study.plan(moe_architecture.STUDY, ["micro"], [0], (), tmp_path)}
-    disabled, fine = by_arm["fine_4_disabled"], by_arm["fine_4"]
-    assert disabled.start == fine and not disabled.trained
-    ours, theirs = disabled.settings.model, fine.settings.model
-    assert {name for name in ours if ours[name] != theirs[name]} == {"n_shared_experts", "num_experts_per_tok"}
-    assert (ours.n_shared_experts, ours.num_experts_per_tok) == (0, theirs.num_experts_per_tok + 1)
-    assert disabled.settings.checkpoint == fine.settings.checkpoint
+    fine = by_arm["fine_4"]
+    theirs = fine.settings.model
+    changes = {"fine_4_disabled": {"n_shared_experts": 0, "num_experts_per_tok": theirs.num_experts_per_tok + 1}} | {
+        f"fine_4_active_{k}": {"num_experts_per_tok": k} for k in (4, 5, 6)}
+    assert {arm for arm, run in by_arm.items() if run.start} == changes.keys() and theirs.num_experts_per_tok == 7
+    for arm, changed_to in changes.items():
+        run, ours = by_arm[arm], by_arm[arm].settings.model
+        assert run.start == fine and not run.trained
+        assert {name: ours[name] for name in ours if ours[name] != theirs[name]} == changed_to
+        assert run.settings.checkpoint == fine.settings.checkpoint
+
+
+@pytest.mark.parametrize("masked", [0, 1, 10])  # 10: all that are left are chosen
+@pytest.mark.parametrize("method", ["noaux_tc", "greedy"])
+def test_a_gate_without_a_tokens_best_experts(method, masked):
+    """Beside a loop over tokens: the bias has no say in which experts are gone, and weights are shares of the rest."""
+    c = tiny.settings({"model.n_routed_experts": 12, "model.n_group": 1, "model.topk_group": 1,
+                       "model.topk_method": method}).model
+    gate = Gate(c, Products(RECIPES["float32"]))
+    x_XD = np.random.default_rng(0).normal(size=(40, 16)).astype(np.float32)
+    variables = tiny.filled(jax.eval_shape(gate.init, jax.random.key(0), x_XD), 1)
+    if "routing" in variables:  # a bias that an affinity of 0 could not make up for
+        variables["routing"] = jax.tree.map(lambda bias_E: 10 * bias_E, variables["routing"])
+    bias_E = variables["routing"]["e_score_correction_bias"] if method == "noaux_tc" else np.zeros(12)
+    plain = gate.apply(variables, x_XD)
+    with nn.intercept_methods(moe_architecture.without_best(masked)):
+        affinity_XE, indices_XK, weights_XK = found = gate.apply(variables, x_XD)
+    np.testing.assert_array_equal(affinity_XE, plain[0])
+    for affinity_E, indices_K, weights_K in zip(*map(np.asarray, found), strict=True):
+        rest = np.argsort(-affinity_E)[masked:]
+        expected = rest[np.argsort(-(affinity_E + bias_E)[rest])][:2]
+        np.testing.assert_array_equal(indices_K, expected)
+        np.testing.assert_allclose(weights_K, 2.5 * affinity_E[expected] / affinity_E[expected].sum(), rtol=1e-6)
+    if not masked:
+        for ours, theirs in zip(found, plain, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_masking_experts_moves_the_loss_and_masking_none_is_the_plain_evaluation(mixture, monkeypatch):
+    monkeypatch.setattr(moe_architecture, "MASKED", (0, 4))
+    found = moe_architecture.read(dataclasses.replace(mixture, arm="fine_4"))["loss"]
+    plain = loss_of(*study.weights_of(mixture))
+    assert found[0] == plain and abs(found[4] - plain) > 1e-3  # 2 of 8 experts
+    assert moe_architecture.read(mixture) == {"loss": {}}
+
+
+def test_sixteenths_are_experts_of_the_two_arms_that_figure_4_shows(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study, "weights_of", lambda run: (run.settings, None, {}, None))
+    monkeypatch.setattr(step, "make_eval_step", lambda *_: None)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: {"loss": 0.0})
+    monkeypatch.setattr(moe_architecture, "without_best", lambda masked: asked.append(masked))
+    read = {}
+    for run in study.plan(moe_architecture.STUDY, ["micro"], [0], (), tmp_path):
+        asked.clear()
+        moe_architecture.read(run)
+        read |= {run.arm: [*asked]} if asked else {}
+    assert read == {"fine_4": [4, 8, 12, 16], "top_2_wide": [1, 2, 3, 4]}
 
 
 def test_phases_start_from_one_another_and_read_as_many_tokens(tmp_path):
@@ -205,6 +262,9 @@ def test_figures_of_readings():
     assert figure("draft 2 stands at temperature 0, %", "drafting") == 25
     assert figure("tokens a step, 2 drafted, temperature 0", "drafting") == 1.5
     assert figure("times plain speed, 1 drafted, temperature 0.6", "drafting") == 1.5
+    lines = [{"split": "validation", "loss": 4.0}, {"split": "masked"} | FOUND["masked"]]
+    assert [QUANTITIES[name][0](None, lines) for name in moe_architecture.RISES] == [0.25, 0.5, 0.75, 1.0]
+    assert QUANTITIES[moe_architecture.RISES[0]][0](None, [lines[0], {"split": "masked", "loss": {}}]) is None
     moved = figure("load that domains move, %", "domains")
     assert moved == pytest.approx(100 * (0 + 0.5 + 0.5 + 0) / 4)  # json: layers 0 and 1, turtle: layers 0 and 1
     assert moved.parts == {"json": [0.5, 1.5], "turtle": [1.5, 0.5]} and not moved.alike
@@ -295,7 +355,7 @@ def test_every_table_that_reads_can_be_judged_and_shown(name, tmp_path, monkeypa
     page = (folder / f"{name}.md").read_text()
     assert "Not yet run at this scale: the size mini" in page and "mini: " not in page
     found = json.loads((folder / f"{name}.json").read_text())["rows"]["cpu"]
-    assert any("parts" in row for row in found) == (name != "mtp_decode")
+    assert any("parts" in row for row in found) == (name in ("v3_specialisation", "yarn_needle"))
     assert (folder / f"{name}.png").read_bytes().startswith(PNG)
 
     for path in tmp_path.glob("*/micro/*/metrics.jsonl"):

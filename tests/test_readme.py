@@ -14,6 +14,8 @@ from research.precision import recipe
 from tests.training import runs
 
 ROOT = runs.ROOT
+PAGES = sorted(path.relative_to(ROOT).as_posix() for folder in (".", "launch", "research", "results")
+               for path in (ROOT / folder).glob("README.md" if folder == "." else "**/README.md"))
 
 
 def examples() -> list[str]:
@@ -23,11 +25,13 @@ def examples() -> list[str]:
 
 
 def requests() -> list[tuple[str, list[str]]]:
-    """The experiments of README.md, up to its examples of new ones, each with the fields that its command changes."""
-    page = (ROOT / "README.md").read_text().split("\n## Adding one thing\n")[0].replace("\\\n", " ")
+    """The experiments of all pages but README's examples of new ones, each with the fields that a command changes."""
+    page = "\n".join((ROOT / name).read_text().split("\n## Adding one thing\n")[0] for name in PAGES)
+    page = page.replace("\\\n", " ")
     modules = r"research\.(?:main|account|lowering|accounting\.memory)"
     commands = re.findall(rf"^(?:\$ |env \S+ | {{4}})?python -m {modules} (.*--config=.*)$", page, re.MULTILINE)
-    return [(re.search(r"--config=(\S+)", words)[1], re.findall(r"--config\.(\S+=\S+)", words)) for words in commands]
+    return [(re.search(r"--config=(\S+)", words)[1], re.findall(r"--config\.(\S+=\S+)", words))
+            for words in dict.fromkeys(commands)]
 
 
 @pytest.mark.parametrize("file, fields", requests())
@@ -40,14 +44,18 @@ def anchors(page: str) -> set[str]:
     return {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", page, re.MULTILINE)}
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", [*PAGES, "CONTRIBUTING.md", "COMPARISON.md"])
 def test_links_lead_somewhere(name):
-    links = re.findall(r"\]\((?!https:)([^)]+)\)", (ROOT / name).read_text())
-    for link in links:
+    for link in re.findall(r"\]\((?!https:)([^)]+)\)", (ROOT / name).read_text()):
         file, _, anchor = link.partition("#")
-        assert (ROOT / file).exists(), link
-        assert not anchor or anchor in anchors((ROOT / (file or name)).read_text()), link
-    assert len(links) >= 4
+        page = (ROOT / name).parent / file if file else ROOT / name
+        assert page.exists(), link
+        assert not anchor or anchor in anchors(page.read_text()), link
+
+
+def test_readme_leads_to_every_page():
+    links = set(re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text()))
+    assert {*PAGES} - {"README.md"} <= links and len(PAGES) == 10
 
 
 def test_the_picture_names_files_that_are_there():

@@ -4,8 +4,8 @@
 #     sbatch launch/slurm.sh --config=experiments/ladder.py:1b --workdir=/shared/runs/1b --config.mesh.fsdp=8 \
 #         --config.mesh.expert=2 --config.evaluation.batch_size=16
 #
-# The words behind the script are those of `python -m research.main`; --nodes, --time and what else your cluster asks for
-# go before it, and change what stands here. The mesh is as large as nodes x GPUs; the workdir is on a disk that all
+# The words behind the script are those of `python -m research.main`; --nodes, --time and what else your cluster asks
+# for go before it, and change what stands here. The mesh is as large as nodes x GPUs; the workdir is on a disk that all
 # nodes share. The processes find each other by what Slurm tells each of them. `make .venv-gpu/ready` makes the
 # environment; PYTHON names another interpreter, MODULE another command that several processes share: research.distill.
 

@@ -9,6 +9,7 @@ by batch. Statistics go to stderr.
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from absl import flags
@@ -217,11 +218,11 @@ def load(folder: Path, recipe: str | None, cache_dtype: str | None, weights: str
     from research.data.tokenizer import Tokenizer  # after the checks: JAX takes a second to import
 
     with command.stops_held():
-        from research.decoding.generate import Decoder
+        from research.decoding.generate import Decoder, check_mesh
         from research.interop.weights import checked_weights, weights_over
     tokenizer = Tokenizer.load(folder)
     if mesh:
-        settings, model, variables = weights_over(folder, mesh)
+        settings, model, variables = weights_over(folder, mesh, partial(check_mesh, weights=weights))
     else:
         settings, model, variables = checked_weights(folder, stored=True)
     if settings.model.vocab_size < tokenizer.vocab_size:

@@ -177,7 +177,9 @@ def of_device(settings, gpu: bool) -> dict[str, int]:
         "buffers": _passing(settings, tokens) / mesh.tensor,
     }
     passing = of["activations"], of["buffers"], of["gradients"]
-    if mesh.pipeline > 1 or not (gpu or settings.model.scan_unroll):  # no loop over layers, which has all to its end
+    # no loop over layers, which has all to its end; stages that training here refuses are taken to add a piece's
+    # gradients to their sum as they are made, which ours do not
+    if mesh.pipeline > 1 or not (gpu or settings.model.scan_unroll):
         passing = (max(of["activations"] + of["buffers"], of["gradients"]),)
     of["total"] = sum((of["weights"], of["master"], of["moments"], of["average"], of["transposed"], of["accumulated"],
                        *passing))

@@ -85,7 +85,7 @@ class Decoder:
         model's mesh, if it has one, weights and cache lie as `parallel.rules` says; RequestError where they cannot."""
         self.model = decoding_model(model, recipe)
         if self.model.products.mesh is not None:
-            check_mesh(self.model, weights)
+            check_mesh(self.model.config, self.model.products.mesh.shape, weights)
         self.cache_dtype = cache_dtype or self.model.products.recipe.name
         self._prepare = partial(prepare, model=self.model, weights=weights)
         self._prepare_at_once, self._compiled = None, {}
@@ -171,9 +171,8 @@ class Decoder:
         return self._compiled[name]
 
 
-def check_mesh(model, weights: str | None) -> None:
-    """RequestError for what decoding over the model's mesh cannot do."""
-    sizes, config = model.products.mesh.shape, model.config
+def check_mesh(config, sizes, weights: str | None) -> None:
+    """RequestError for what decoding over a mesh of these sizes, by axis, cannot do. config: the model's."""
     if sizes["pipeline"] > 1:
         raise RequestError.field("mesh.pipeline", sizes["pipeline"], "must be 1: decoding has no stages")
     if weights is not None:

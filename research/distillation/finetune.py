@@ -3,6 +3,7 @@
 A batch has the shape that `data.packing` gives and `training.step` reads; attention stays within an example.
 """
 
+import copy
 import functools
 import hashlib
 import json
@@ -18,6 +19,7 @@ from research.data.pipeline import Share
 from research.data.sources import place_of
 from research.data.tokenizer import Tokenizer
 from research.errors import RequestError
+from research.parallel import hosts
 
 
 class Examples:
@@ -49,8 +51,9 @@ class Examples:
 
     def shared(self, share: Share) -> "Examples":
         """The examples as one of several processes reads them."""
-        self.share = share
-        return self
+        found = copy.copy(self)
+        found.share = share
+        return found
 
     def train_batches(self, settings: Any) -> "Batches":
         """What the steps read, from the first on."""
@@ -152,7 +155,7 @@ class Rows:
         if not self.examples:
             raise RequestError.field("data.sequence_length", sequence_length,
                                      f"holds none of {len(pairs)} examples" if pairs else "has no example to hold")
-        if self.too_long:
+        if self.too_long and hosts.is_first():
             logging.warning("%d of %d examples are longer than config.data.sequence_length=%d and left out",
                             self.too_long, len(pairs), sequence_length)
         self._order = functools.lru_cache(maxsize=4)(self._make_order)

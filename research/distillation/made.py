@@ -18,6 +18,7 @@ from absl import logging
 
 from research.errors import RequestError
 from research.files import write_whole
+from research.parallel import hosts
 from research.training.checkpoint import Checkpoints
 from research.tree import paths
 
@@ -91,8 +92,8 @@ def continued(samples: Path, record: Mapping[str, Any]) -> None:
 
 
 def kept(made: Path, fields: Mapping[str, Any]) -> None:
-    """Warns of each field by which a finished model was made otherwise than by these fields."""
-    for name, value in read(made).items():
+    """Warns, once of several processes, of each field by which a finished model was made otherwise than by these."""
+    for name, value in read(made).items() if hosts.is_first() else ():
         if fields.get(name, value) != value and ".mesh." not in name:  # on any mesh it is the same model
             logging.warning("%s is finished, with config.%s=%s and not %s: remove the folder to make it anew",
                             made, name, value, fields[name])

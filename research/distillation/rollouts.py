@@ -5,6 +5,7 @@ samples besides their tokens is given: from rewards (reinforce.py), or from a te
 processes the first draws and judges for all; each scores all rows, and trains on those of its devices.
 """
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -83,8 +84,9 @@ class Rollouts:
 
     def shared(self, share: Share) -> "Rollouts":
         """The rollouts as one of several processes reads them."""
-        self.share = share
-        return self
+        found = copy.copy(self)
+        found.share = share
+        return found
 
     def train_batches(self, settings: Any) -> Batches:
         """What the updates read, from the first on; settings: the run's own, whose vocabulary is known."""
@@ -117,9 +119,9 @@ class Rollouts:
         questions, size, seed = self.config.questions, self.config.group_size, self.settings.training.seed
         chosen = [problem for problem in _in_turn(self.problems, number * questions, questions, seed)
                   for _ in range(size)]
-        self.decoder.take(policy)
 
         def draw() -> list:
+            self.decoder.take(policy)
             said = self.decoder.generate(
                 [self.prompts[problem.digest] for problem in chosen], self.config.max_tokens,
                 Sampling(self.config.temperature), self.config.draft_tokens, seed=_seed(seed, number),
@@ -128,7 +130,7 @@ class Rollouts:
             return [said.tokens, [*map(self._judged, chosen, said.tokens)],
                     {"acceptance_B": sum(said.accepted) / max(said.drafted, 1), "in_vain_B": in_vain / len(chosen)}]
 
-        rows, judged, drafts = hosts.from_all(draw() if hosts.is_first() else None)[0]
+        rows, judged, drafts = hosts.from_all(draw() if hosts.is_first() else None)[0]  # which forgets earlier ones
         right_B, formed_B = (np.array(found) for found in zip(*judged, strict=True))
         batch = self._rows(chosen, rows) | {"right_B": right_B, "formed_B": formed_B}
         if self.config.draft_tokens:  # known of all rows together
@@ -159,10 +161,11 @@ class Rollouts:
     def evaluate(self, _, state: Any, __, settings: Any, batches: int | None) -> dict:
         """Greedy answers to held-out problems, as `training.evaluation.evaluate` is called: {`loss`: the share that is
         wrong, `accuracy`, `tokens`: of a response}. batches: of `evaluation.batch_size` problems, None: all."""
-        self.decoder.take(_on_one(state["params"] if state["ema"] is None else state["ema"], state["routing"]))
-        return hosts.from_first(lambda: self._answered(settings.evaluation.batch_size, batches))
+        policy = _on_one(state["params"] if state["ema"] is None else state["ema"], state["routing"])
+        return hosts.from_first(lambda: self._answered(policy, settings.evaluation.batch_size, batches))
 
-    def _answered(self, size: int, batches: int | None) -> dict:
+    def _answered(self, policy: dict, size: int, batches: int | None) -> dict:
+        self.decoder.take(policy)
         right, tokens = [], []
         for start in range(0, len(self.held_out), size)[:batches]:
             problems = self.held_out[start:start + size]

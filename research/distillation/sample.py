@@ -91,7 +91,7 @@ def sample(path: Path, problems: Sequence[Problem], decoder: Decoder, tokenizer,
         return {"lines": [*map(dataclasses.asdict, lines)], "tokens": sum(line.tokens for line in lines),
                 "seconds": seconds, "drafted": found.drafted, "accepted": sum(found.accepted)}
 
-    hosts.agree({"problems": hashlib.blake2b(b"".join(prompts)).hexdigest()}, "task")
+    hosts.agree({"problems": hashlib.blake2b(b"".join(prompts)).hexdigest(), "weights": record.get("weights")}, "task")
     done, (place, processes) = hosts.from_first(begin), hosts.place()
     missing = [start for start in range(0, len(wanted), size) if done < min(start + size, len(wanted))]
     sums: Counter = Counter()

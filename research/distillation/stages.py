@@ -50,13 +50,13 @@ def run(settings: Settings, workdir: Path, stages: Sequence[str]) -> str:
         pipeline = Pipeline(settings, workdir, stack.enter_context(Checker(settings.checker_timeout)))
         with hosts.refused_alike():
             pipeline.check(stages)
-        hosts.last_words(lambda: f"what is done is in {workdir}")
         environment.pin_threads()
         path = workdir / "config.json"
         before = path.read_text("utf-8") if path.exists() else ""
         hosts.from_first(lambda: _write_config(settings, path))
         said = []
         for stage in stages:
+            hosts.last_words(lambda: f"what is done is in {workdir}")  # training has its own
             try:
                 said.append(getattr(pipeline, stage)())
             except RequestError:
@@ -161,7 +161,9 @@ class Pipeline:
         """Every model of DIR on the test's problems, and DIR/report.md."""
         s = self.settings
         problems = self.trainer.problems[1][:s.evaluation.problems or None]
-        found = {name: self._evaluated(folder, name, problems) for name, folder in self._evaluated_folders.items()}
+        names = hosts.from_first(lambda: [*self._evaluated_folders])  # a disk may show others their folders late
+        given = s.evaluation.checkpoint and Path(s.evaluation.checkpoint).expanduser().resolve()
+        found = {name: self._evaluated(given or self.workdir / name, name, problems) for name in names}
 
         def report() -> str:
             evaluate.write(self.workdir, s, found, len(problems))

@@ -169,10 +169,14 @@ def checked_weights(folder: Path, stored: bool = False):
     return settings, model, variables
 
 
-def weights_over(folder: Path, fields) -> tuple:
+def weights_over(folder: Path, fields, check) -> tuple:
     """As `checked_weights`, over the mesh that `mesh.axis=size` of `fields` say: nothing of it is trained, so that
-    what a mesh asks of training is not asked."""
+    what a mesh asks of training is not asked. check: (the config's `model`, its `mesh`), before anything is read."""
     chosen = experiment.change(read_settings(folder).to_config(), fields)
+    for axis, size in chosen.mesh.items():
+        if size < 1:
+            raise RequestError.field(f"mesh.{axis}", size, "must be at least 1")
+    check(chosen.model, chosen.mesh)
     shards = chosen.mesh.data * chosen.mesh.fsdp * chosen.mesh.expert
     chosen.training.update(batch_size=shards, batch_ramp_start=0, accumulation_steps=1, pipeline_schedule="1f1b")
     chosen.evaluation.update(batch_size=shards, redundant_experts=0, expert_nodes=1)

@@ -81,7 +81,7 @@ def join(address: str | None, processes: int | None, process: int | None, heartb
 
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM; stops are agreed on by Stops
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if not importlib.util.find_spec("jax_plugins"):  # of a GPU: its libraries have things to say there
+    if not any(map(importlib.util.find_spec, ("jax_plugins", "libtpu"))):  # whose libraries have things to say there
         _leave_stdout_to_python()
     _say_when_lost(heartbeat)
     # Slurm and Open MPI say which GPU is whose even where flags say the rest; the API of Kubernetes is asked in need
@@ -233,6 +233,21 @@ def from_all(value: Any) -> list:
     return found
 
 
+def compiled_by_all(step: Callable) -> Callable:
+    """A jitted `step(params, routing, batch)` that no process begins before all have compiled it: on CPUs the first to
+    send would wait for 30 s alone (Gloo, JAX 0.11.2)."""
+    programs = {}
+
+    def once_compiled(params, routing, batch):
+        shapes = tuple((name, batch[name].shape) for name in sorted(batch))
+        if shapes not in programs:
+            programs[shapes] = step.lower(params, routing, batch).compile()
+            from_all(None)
+        return programs[shapes](params, routing, batch)
+
+    return once_compiled if several() else step
+
+
 def _tell(key: str, value: Any) -> None:
     _client.key_value_set(key, json.dumps(value))
     _told.append(key)
@@ -290,7 +305,7 @@ def _same(tree):
 
 
 class Stops:
-    """The largest of the processes' numbers, once a step, without waiting for it."""
+    """The largest of the processes' numbers, once a step; on GPUs without waiting for it."""
 
     def __init__(self, mesh):
         import jax

@@ -14,10 +14,11 @@ SOURCE = "DeepSeek-V3 (2412.19437) §3.1-3.2: 16-way pipeline, 64-way experts, Z
 NOTES = (
     "Memory: the account's, of FP8 training with the up-projections computed again and one row of 4,096 tokens a "
     "micro-batch, but with the float32 weights split over all GPUs that would hold copies, which V3 does and training "
-    "here does not, and with room on each GPU for 1.25 times what a balanced router sends its experts; no GPU was "
-    "measured. An H800 has 80 GB. DualPipe's second copy of a stage's weights is not in it. Training here refuses "
-    "these meshes: their stages do not divide the 58 layers with experts. The last row is of one that it takes, with "
-    "fsdp where V3 has 16 stages, as training holds it, with room for 1.5 times.",
+    "here does not, with a micro-batch's gradients added to their sum as they are made (training here holds them "
+    "beside it, 7.0 GB on 16 stages), and with room on each GPU for 1.25 times what a balanced router sends its "
+    "experts; no GPU was measured. An H800 has 80 GB. DualPipe's second copy of a stage's weights is not in it. "
+    "Training here refuses these meshes: their stages do not divide the 58 layers with experts. The last row is of "
+    "one that it takes, with fsdp where V3 has 16 stages, as training holds it, with room for 1.5 times.",
     "Products: the FLOPs of Insights' rule, attention at 989 TFLOP/s, all else at twice that, the peak of FP8.",
     "Sent: each token to other nodes than its own, in FP8 with its scales, back in bfloat16, and the same for the "
     "gradients, at 50 GB/s (400G InfiniBand), which hides behind the products or they behind it. On average: by V3's "

@@ -86,7 +86,9 @@ def train(settings: config.Settings, workdir: Path, profile: bool = False, corpu
         stop = stack.enter_context(StopRequests(hosts.Stops(model.products.mesh) if hosts.several() else None))
         profiler = Profiler(workdir / "profile", first, steps) if profile and hosts.is_first() else None
         flops_per_token = flops.training_per_token(settings)
-        alone = jax.default_backend() == "cpu" and model.products.mesh is None  # a call returns when its step is done
+        mesh = model.products.mesh
+        # one CPU device a process: a command's call returns when its step is done (environment.compute_in_this_thread)
+        alone = jax.default_backend() == "cpu" and (mesh is None or mesh.local_mesh.size == 1)
         compiled, eval_step = {}, make_eval_step(model, settings)
         pending, ready = None, 0.0  # the step whose metrics are not read yet: (step, metrics, tokens, dispatched)
 

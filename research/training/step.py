@@ -11,7 +11,7 @@ from research.model.balance import load_violation, update_bias
 from research.model.build import init_variables, variable_shapes
 from research.model.moe import groups_reached
 from research.model.transformer import Transformer, balance_of, block_inputs
-from research.parallel import pipeline
+from research.parallel import hosts, pipeline
 from research.parallel.mesh import compiler_options
 from research.parallel.rules import Shardings, placed, shardings
 from research.training import schedules
@@ -263,4 +263,4 @@ def make_eval_step(model: Transformer, settings):
         return more | {"nats": nats, "targets": jnp.sum(batch["mask_BT"]), "mtp_hits": jnp.array(hits, jnp.int32),
                 "mtp_targets": jnp.array(counts, jnp.int32), "loads": loads_of(out["routing"])}
 
-    return eval_step
+    return hosts.compiled_by_all(eval_step)

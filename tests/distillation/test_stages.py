@@ -372,19 +372,21 @@ def test_a_wrong_command_is_answered_with_one_line(words, message, capsys, monke
     assert not out and err.count("\n") == 1 and message in err and not (runs.ROOT / "d").exists()
 
 
-def test_a_benchmark_of_a_hugging_face_folder_stands_beside_the_papers_row(whole, tmp_path):
+def test_a_benchmark_of_a_checkpoint_stands_beside_the_papers_row(whole, tmp_path):
     path = tmp_path / "aime.jsonl"
     rows = [{"problem": f"Compute {n} + 1.", "answer": str(n + 1)} for n in range(3)]
     path.write_text("\n".join(map(json.dumps, rows)))
     chosen = experiment.load(str(runs.ROOT / "experiments/r1_evaluate.py:aime:smoke"))
     there = tmp_path / "run/Qwen"  # within the working directory, and none of its models
     export_workdir(whole[0] / "teacher", there, None, None)
-    fields = {"task.test_files": path, "evaluation.checkpoint": there, "template": "plain"}
-    chosen = experiment.change(chosen, [f"{name}={value}" for name, value in fields.items()],
-                               base.get_distillation_config())
-    said = stages.run(check(chosen), tmp_path / "run", ["evaluate"])
-    assert "| Qwen | 0.0" in said and "| R1-Distill-Qwen-1.5B, published | | 28.9% | | 52.7% |" in said
-    assert len(sample.read(tmp_path / "run/evaluation/Qwen.sampled.jsonl")) == 6
+    shutil.copytree(whole[0] / "teacher", tmp_path / "own/Qwen")
+    for folder, name in ((tmp_path / "own/Qwen", "Qwen-30"), (there, "Qwen")):
+        fields = {"task.test_files": path, "evaluation.checkpoint": folder, "template": "plain"}
+        chosen = experiment.change(chosen, [f"{name}={value}" for name, value in fields.items()],
+                                   base.get_distillation_config())
+        said = stages.run(check(chosen), folder.parent, ["evaluate"])
+        assert "| Qwen | 0.0" in said and "| R1-Distill-Qwen-1.5B, published | | 28.9% | | 52.7% |" in said
+        assert len(sample.read(folder.parent / f"evaluation/{name}.sampled.jsonl")) == 6
     chosen.template = "deepseek"
     with pytest.raises(RequestError, match=r"config\.evaluation: prompt 1 .* more than max_position_embeddings=64"):
         stages.run(check(chosen), tmp_path / "other", ["evaluate"])

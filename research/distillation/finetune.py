@@ -3,7 +3,6 @@
 A batch has the shape that `data.packing` gives and `training.step` reads; attention stays within an example.
 """
 
-import copy
 import functools
 import hashlib
 import json
@@ -50,10 +49,9 @@ class Examples:
                 f"{self._held_out.examples:,} held out")
 
     def shared(self, share: Share) -> "Examples":
-        """The examples as one of several processes reads them."""
-        found = copy.copy(self)
-        found.share = share
-        return found
+        """The examples, from now on as one of several processes reads them."""
+        self.share = share
+        return self
 
     def train_batches(self, settings: Any) -> "Batches":
         """What the steps read, from the first on."""

@@ -5,7 +5,6 @@ samples besides their tokens is given: from rewards (reinforce.py), or from a te
 processes the first draws and judges for all; each scores all rows, and trains on those of its devices.
 """
 
-import copy
 import hashlib
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -83,10 +82,9 @@ class Rollouts:
             raise RequestError(f"config.reinforcement: {whose}{error}") from None
 
     def shared(self, share: Share) -> "Rollouts":
-        """The rollouts as one of several processes reads them."""
-        found = copy.copy(self)
-        found.share = share
-        return found
+        """The rollouts, from now on as one of several processes reads them."""
+        self.share = share
+        return self
 
     def train_batches(self, settings: Any) -> Batches:
         """What the updates read, from the first on; settings: the run's own, whose vocabulary is known."""

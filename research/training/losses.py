@@ -53,4 +53,5 @@ def token_losses(logits, batch):
             *(mtp_targets(batch, k) for k in depths), strict=True))
         nats_BX = jnp.where(mask_BX, cross_entropy(logits_BXV, targets_BX), 0)
         sums.extend(jnp.sum(nats_BX.reshape(B, -1, T), axis=(0, 2)))
-    return sums[0], jnp.array(sums[1:], jnp.float32)
+    # no depths: an array made of no values ends XLA's compiler with a fault where stages alone are split (JAX 0.11.2)
+    return sums[0], jnp.stack(sums[1:]) if sums[1:] else jnp.zeros(0, jnp.float32)

@@ -131,6 +131,8 @@ def test_the_run_goes_on_as_if_it_had_been_left_in_peace(lives, folder):
     assert [path for path in state if state[path] != other[path]] == []
     assert record["data"] == other_record["data"] and record["tokens"] == other_record["tokens"]
     assert runs.lines(folder / "peace") == runs.lines(folder / "moved")
+    speeds = [line["tokens_per_second"] for line in runs.lines(folder / "moved", "train", times=True)]
+    assert max(speeds) < 100 * np.median(speeds)  # no step's time is counted as another's
     assert [line["step"] for line in runs.lines(folder / "moved", "validation")] == [8, 16, 20]
 
 

@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -220,12 +221,12 @@ def main() -> None:
             new = rows_of(axis, sizes, found, simulated)
             rows += new
             print("\n".join(line_of(row, simulated) for row in new), flush=True)
-    if _JSON.value is not None:
-        write_whole(Path(_JSON.value), json.dumps({
-            "environment": about, "request": Program(None, 1).request(), "rows_a_device": _ROWS.value,
-            "steps": _STEPS.value, "simulated": simulated, "rows": rows}, indent=1) + "\n")
-    if _PLOT.value is not None:
-        plots.save(Path(_PLOT.value), lambda panels: draw(panels, rows, simulated), 2)
+            if _JSON.value is not None:  # after each axis: what is measured is not lost with the next
+                write_whole(Path(_JSON.value), json.dumps({
+                    "environment": about, "request": Program(None, 1).request(), "rows_a_device": _ROWS.value,
+                    "steps": _STEPS.value, "simulated": simulated, "rows": rows}, indent=1) + "\n")
+            if _PLOT.value is not None:
+                plots.save(Path(_PLOT.value), partial(draw, rows=rows, simulated=simulated), 2)
 
 
 if __name__ == "__main__":
